@@ -1,0 +1,176 @@
+"""`jobs/1`: durable, resumable work, and the runs (pipelines) that are made of it.
+
+Units: `_s` in seconds, times in Unix seconds. The record in KV `jobs` is the only truth about a job.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar, Literal
+
+from kernelm.contract import Contract, streamed, unary
+from kernelm.errors import FaultBody
+from kernelm.events import Event
+from kernelm.system import Progress, Resources
+from msgspec import Struct
+
+JobState = Literal["queued", "placed", "running", "done", "dead", "cancelled"]
+
+
+class JobSpec(Struct, frozen=True):
+    """What to do: a job method of a contract with its request, or (kind "replica") a pool to keep running."""
+
+    name: str
+    uses: str  # "trainer/1.train"; for a replica "deploy"
+    request: dict[str, Any]
+    resources: Resources = Resources()
+    plugin: str = ""  # which plugin, if the user cares; "" for the one that the contract is routed to
+    tenant: str = "default"
+    priority: int = 0  # higher first
+    attempts: int = 3  # after as many failures it is dead
+    parent: str = ""  # the job that submitted it: cancelled with it
+    run: str = ""
+
+
+class JobRecord(Struct, frozen=True):
+    """The only truth about a job, in KV `jobs`. All writes are compare-and-set."""
+
+    id: str
+    spec: JobSpec
+    key: str  # content address: contract, plugin version and request; equal keys share a result
+    state: JobState = "queued"
+    epoch: int = 0  # grows with every owner: the fencing token
+    attempt: int = 0
+    node: str = ""
+    instance: str = ""
+    progress: Progress = Progress()
+    checkpoint: str = ""
+    result: dict[str, Any] = {}
+    fault: FaultBody | None = None
+    submitted: float = 0.0  # Unix seconds
+    started: float = 0.0
+    finished: float = 0.0
+    heard: float = 0.0  # last progress
+    why: str = ""  # the scheduler's or the system's last reason
+    reused: bool = False
+
+
+class StageSpec(Struct, frozen=True, forbid_unknown_fields=True, rename={"with_": "with"}):
+    """One stage of a run. A value "${stage.field}" in `with` is replaced by that field of the stage's result."""
+
+    name: str
+    uses: str
+    with_: dict[str, Any] = {}
+    plugin: str = ""
+    resources: Resources = Resources()
+    attempts: int = 3
+
+
+class RunSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    stage: tuple[StageSpec, ...]
+    tenant: str = "default"
+    priority: int = 0
+
+
+class RunRecord(Struct, frozen=True):
+    id: str
+    spec: RunSpec
+    jobs: dict[str, str] = {}  # stage -> job
+    state: Literal["running", "done", "failed", "cancelled"] = "running"
+    fault: FaultBody | None = None
+    submitted: float = 0.0
+    finished: float = 0.0
+
+
+class RunView(Struct, frozen=True):
+    run: RunRecord
+    jobs: tuple[JobRecord, ...] = ()  # in the order of the stages, children behind their parent
+
+
+class RunName(Struct, frozen=True):
+    id: str
+
+
+class JobName(Struct, frozen=True):
+    id: str
+
+
+class JobQuery(Struct, frozen=True):
+    state: str = ""  # "" for all
+    run: str = ""
+    limit: int = 100
+
+
+class JobList(Struct, frozen=True):
+    jobs: tuple[JobRecord, ...]
+
+
+class JobChanged(Event):
+    """A job went to another state."""
+
+    TYPE: ClassVar[str] = "job.state"
+    job: str
+    name: str
+    run: str
+    state: JobState
+    epoch: int
+    why: str = ""
+
+
+class JobProgress(Event):
+    """A job got on; at most one a second and job."""
+
+    TYPE: ClassVar[str] = "job.progress"
+    job: str
+    name: str
+    run: str
+    progress: Progress
+
+
+class RunFinished(Event):
+    """A run is at its end."""
+
+    TYPE: ClassVar[str] = "run.finished"
+    run: str
+    name: str
+    state: str
+    took_s: float
+
+
+class ModelDeployed(Event):
+    """A model version answers under a name."""
+
+    TYPE: ClassVar[str] = "model.deployed"
+    model: str
+    generation: int
+    artifact: str
+    pool: str
+
+
+class Jobs(Contract, name="jobs", major=1):
+    """The job table: takes runs and jobs, asks the scheduler, checks its decisions, dispatches, fences."""
+
+    events = (JobChanged, JobProgress, RunFinished, ModelDeployed)
+
+    @unary
+    async def submit_run(self, request: RunSpec, call: Any) -> RunRecord: ...
+
+    @unary
+    async def get_run(self, request: RunName, call: Any) -> RunView: ...
+
+    @streamed
+    async def follow_run(self, request: RunName, call: Any) -> AsyncIterator[RunView]: ...
+
+    @unary
+    async def cancel_run(self, request: RunName, call: Any) -> RunRecord: ...
+
+    @unary
+    async def submit(self, request: JobSpec, call: Any) -> JobRecord: ...
+
+    @unary
+    async def get(self, request: JobName, call: Any) -> JobRecord: ...
+
+    @unary
+    async def find(self, request: JobQuery, call: Any) -> JobList: ...
+
+    @unary
+    async def cancel(self, request: JobName, call: Any) -> JobRecord: ...

@@ -1,0 +1,111 @@
+"""`trainer/1`: a dataset becomes a model.
+
+A model is an artifact of kind "model" that always holds `model.json` (a `ModelCard`), and by structure
+  "encoder", "frozen-linear": config.json, model.safetensors, tokenizer.json (a Hugging Face folder), for
+                              "frozen-linear" also head.safetensors (`weight` [labels, hidden], `bias` [labels]), or
+                              model.onnx in place of model.safetensors after optimization (inputs `input_ids`,
+                              `attention_mask` [batch, tokens] int64, output `logits` [batch, labels] float32);
+  "tfidf-linear":             vocabulary.json (term -> column), linear.safetensors (`idf` [terms], `weight`
+                              [labels, terms], `bias` [labels]; int8 weights come with `scale` [labels]).
+Pictures and `evaluation.json` lie beside. Pickles are never written nor read.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from kernelm.contract import Contract, job, unary
+from kernelm.events import Event
+from kernelm.plugin import Job
+from kernelm.system import ArtifactName
+from msgspec import Struct
+
+Structure = Literal["encoder", "frozen-linear", "tfidf-linear"]
+Algorithm = Literal["sgd", "momentum", "rmsprop", "adam", "adamw", "adafactor", "lion", "muon", "liblinear", "lbfgs"]
+
+
+class TrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    dataset: str  # digest
+    base: str = ""  # digest of the encoder to start from; not for "tfidf-linear"
+    structure: Structure = "encoder"
+    layers: int = 0  # keep only the first so many transformer layers; 0 for all
+    algorithm: Algorithm = "adamw"
+    epochs: int = 2
+    batch_size: int = 16
+    learning_rate: float = 1e-4  # peak of the schedule
+    warmup: float = 0.1  # share of the steps with a rising rate; then it falls linearly to 0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    dropout: float = 0.1
+    regularization: float = 1.0  # C of the linear classifiers
+    ngrams: int = 2  # "tfidf-linear": word n-grams up to this length
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 where the processor has it
+    checkpoint_every_s: float = 30.0
+    seed: int = 0
+
+
+class Scores(Struct, frozen=True):
+    """Quality of a classifier on one split."""
+
+    split: str
+    documents: int
+    accuracy: float
+    macro_recall: float
+    macro_f1: float
+    loss: float = 0.0  # mean cross-entropy, nats
+    per_label: dict[str, dict[str, float]] = {}  # label -> precision, recall, f1, support
+    confusion: tuple[tuple[int, ...], ...] = ()  # rows: true label
+
+
+class ModelCard(Struct, frozen=True):
+    """`model.json`: what the model is, where it comes from and how good it is."""
+
+    name: str
+    task: Literal["text-classification"]
+    structure: Structure
+    labels: tuple[str, ...]
+    max_tokens: int
+    format: Literal["safetensors", "onnx"] = "safetensors"
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    algorithm: str = ""
+    parameters: int = 0
+    dataset: str = ""
+    base: str = ""
+    request: dict[str, Any] = {}  # the settings it was trained with
+    scores: dict[str, Scores] = {}  # split -> scores
+    trained_s: float = 0.0
+    hidden: int = 0  # size of the embedding; 0 where there is none
+
+
+class Trained(Struct, frozen=True):
+    model: str  # digest
+    structure: Structure
+    algorithm: str
+    parameters: int
+    validation: Scores
+    test: Scores | None = None  # None when the request came from a search: the test split is looked at once
+    took_s: float = 0.0
+    tokens_per_s: float = 0.0
+
+
+class ModelTrained(Event):
+    """A model is in the store."""
+
+    TYPE: ClassVar[str] = "model.trained"
+    model: str
+    structure: str
+    accuracy: float  # on the validation split
+
+
+class Trainer(Contract, name="trainer", major=1):
+    """Trains, checkpoints, resumes and evaluates models."""
+
+    events = (ModelTrained,)
+
+    @job
+    async def train(self, request: TrainRequest, job: Job) -> Trained:
+        """Train on the train split, select by the validation split, report both and the test split."""
+        ...
+
+    @unary
+    async def describe(self, request: ArtifactName, call: Any) -> ModelCard:
+        """The card of a stored model."""
+        ...
