@@ -195,10 +195,10 @@ class Plugin:
         return ()
 
 
-def load_plugin(manifest: Manifest, context: Context, settings: dict[str, Any]) -> Plugin:
-    """Import the plugin's class and make it; PluginFault if it is not one, or does not take these settings."""
+def load_plugin(manifest: Manifest, context: Context, settings: dict[str, Any], factory: Any = None) -> Plugin:
+    """Import the plugin's class (or take `factory`) and make it; PluginFault if it is none or refuses these settings."""
     module, _, name = manifest.entry.partition(":")
-    factory = getattr(importlib.import_module(module), name, None)
+    factory = factory or getattr(importlib.import_module(module), name, None)
     if not (isinstance(factory, type) and issubclass(factory, Plugin)):
         raise PluginFault("invalid_entry", f"{manifest.name}: entry {manifest.entry!r} is no subclass of kernelm.plugin.Plugin")
     try:

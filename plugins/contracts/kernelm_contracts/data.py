@@ -6,11 +6,12 @@ A dataset is an artifact of kind "dataset": `dataset.json` (a `DatasetCard`), `<
 
 from typing import Any, ClassVar
 
+from msgspec import Struct
+
 from kernelm.contract import Contract, job, unary
 from kernelm.events import Event
 from kernelm.plugin import Job
 from kernelm.system import ArtifactName
-from msgspec import Struct
 
 
 class Clean(Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,11 +6,12 @@ Units: `_s` in seconds, times in Unix seconds. The record in KV `jobs` is the on
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Literal
 
+from msgspec import Struct
+
 from kernelm.contract import Contract, streamed, unary
 from kernelm.errors import FaultBody
 from kernelm.events import Event
 from kernelm.system import Progress, Resources
-from msgspec import Struct
 
 JobState = Literal["queued", "placed", "running", "done", "dead", "cancelled"]
 

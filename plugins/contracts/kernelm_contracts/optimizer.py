@@ -6,12 +6,13 @@ them (`server/1.measure`), and chosen on the validation split. What was not meas
 
 from typing import ClassVar
 
+from msgspec import Struct
+
 from kernelm.contract import Contract, job
 from kernelm.events import Event
 from kernelm.plugin import Job
 from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import Scores, TrainRequest
-from msgspec import Struct
 
 
 class Candidate(Struct, frozen=True, forbid_unknown_fields=True):

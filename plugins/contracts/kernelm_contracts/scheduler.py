@@ -5,9 +5,10 @@ Units: `cpu` in cores, `_mb` in 2**20 bytes, times in Unix seconds. The job tabl
 
 from typing import Any, Literal
 
+from msgspec import Struct
+
 from kernelm.contract import Contract, unary
 from kernelm.system import Resources
-from msgspec import Struct
 
 
 class NodeState(Struct, frozen=True):

@@ -6,10 +6,11 @@ Clients call `model.<deployment>.<method>`; every answer says which model, gener
 
 from typing import Any, Literal
 
+from msgspec import Struct
+
 from kernelm.contract import Contract, job, model_unary
 from kernelm.plugin import Job
 from kernelm_contracts.trainer import Scores
-from msgspec import Struct
 
 
 class ServedModel(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,22 +1,39 @@
-"""`trainer/1`: a dataset becomes a model.
+r"""`trainer/1`: a dataset becomes a model.
 
-A model is an artifact of kind "model" that always holds `model.json` (a `ModelCard`), and by structure
-  "encoder", "frozen-linear": config.json, model.safetensors, tokenizer.json (a Hugging Face folder), for
-                              "frozen-linear" also head.safetensors (`weight` [labels, hidden], `bias` [labels]), or
-                              model.onnx in place of model.safetensors after optimization (inputs `input_ids`,
-                              `attention_mask` [batch, tokens] int64, output `logits` [batch, labels] float32);
-  "tfidf-linear":             vocabulary.json (term -> column), linear.safetensors (`idf` [terms], `weight`
-                              [labels, terms], `bias` [labels]; int8 weights come with `scale` [labels]).
-Pictures and `evaluation.json` lie beside. Pickles are never written nor read.
+A model is an artifact of kind "model". It always holds `model.json` (a `ModelCard`), `evaluation.json` (split ->
+`Scores`), `confusion.png` and `card.md`. Pickles are never written nor read. A model turns a text into one logit a
+label, in the order of `ModelCard.labels`; their softmax gives probabilities (already calibrated). By structure:
+
+"encoder", "frozen-linear"
+    config.json, model.safetensors   the encoder alone, without pooler: a folder for transformers' `AutoModel`
+                                     (`id2label`, `label2id` in config.json), float32
+    tokenizer.json, tokenizer_config.json   `Tokenizer.from_file`; truncation is set to `ModelCard.max_tokens`, padding
+                                     is off: the server pads a batch to its longest (id `pad_token_id` of config.json)
+    head.safetensors                 `weight` [labels, hidden], `bias` [labels], float32
+    logits = mean @ weight.T + bias, where mean [batch, hidden] is the mean of `last_hidden_state` over the tokens whose
+    `attention_mask` is 1 ([CLS] and [SEP] count), not normalized. `token_type_ids` are 0. Dropout in training only.
+    An embedding is `mean` divided by its L2 norm.
+    After optimization model.onnx stands in place of model.safetensors and head.safetensors: inputs `input_ids`,
+    `attention_mask` [batch, tokens] int64; output `logits` [batch, labels] float32.
+
+"tfidf-linear"
+    vocabulary.json                  term -> column
+    linear.safetensors               `idf` [terms], `weight` [labels, terms], `bias` [labels], float32; int8 weights
+                                     come with `scale` [labels] float32: weight = scale[:, None] * int8
+    tokens = re.findall(r"(?u)\b\w\w+\b", text.lower()); terms are the 1..n-grams of tokens joined by one space, n
+    being `ModelCard.request["ngrams"]`; terms that are not in the vocabulary are ignored. For a term that occurs
+    c > 0 times, x[column] = (1 + ln c) * idf[column]; x is divided by its L2 norm (a text without terms stays 0);
+    logits = weight @ x + bias. All in float32. There is no tokenizer and no embedding.
 """
 
 from typing import Any, ClassVar, Literal
+
+from msgspec import Struct
 
 from kernelm.contract import Contract, job, unary
 from kernelm.events import Event
 from kernelm.plugin import Job
 from kernelm.system import ArtifactName
-from msgspec import Struct
 
 Structure = Literal["encoder", "frozen-linear", "tfidf-linear"]
 Algorithm = Literal["sgd", "momentum", "rmsprop", "adam", "adamw", "adafactor", "lion", "muon", "liblinear", "lbfgs"]
@@ -30,7 +47,7 @@ class TrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
     algorithm: Algorithm = "adamw"
     epochs: int = 2
     batch_size: int = 16
-    learning_rate: float = 1e-4  # peak of the schedule
+    learning_rate: float = 0.0  # peak of the schedule; 0 for the algorithm's own (kernelm_trainer.algorithms)
     warmup: float = 0.1  # share of the steps with a rising rate; then it falls linearly to 0
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -40,6 +57,7 @@ class TrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 where the processor has it
     checkpoint_every_s: float = 30.0
     seed: int = 0
+    report_test: bool = True  # False in a search: the test split is then not even evaluated, `Trained.test` is None
 
 
 class Scores(Struct, frozen=True):

@@ -1,0 +1,234 @@
+"""Keys and claims: who is who, and what each may do, in the form that the broker enforces (NATS JWT v2, nkeys).
+
+The operator key signs the account's claims, the account key signs users; both stay in `<home>/identity` (0700) with the
+kernel and the launcher. Everyone else makes its own key, proves a one-time join token, and gets a JWT whose allow lists
+are compiled here, deny by default. The last token of a subject is the user's name, so nobody can speak for another.
+"""
+
+import base64
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nkeys
+from nacl.signing import VerifyKey
+
+from kernelm.bus import Bus, Credentials
+from kernelm.contract import token as subject_token
+from kernelm.errors import ClientFault
+from kernelm.system import EnrollRequest, Kernel
+
+LIFETIME_S = 24 * 3600  # of a user's JWT; renewed at two thirds
+ROLES = {"operator": nkeys.PREFIX_BYTE_OPERATOR, "account": nkeys.PREFIX_BYTE_ACCOUNT, "system": nkeys.PREFIX_BYTE_ACCOUNT}
+# What the system's own services keep in the broker: buckets they write, buckets they only read.
+SERVICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "jobs": (("jobs", "runs", "results", "deployments"), ("registry",)),
+    "artifacts": (("datasets", "models"), ()),
+    "gateway": ((), ("keys", "deployments", "jobs", "runs")),
+    "node": ((), ()),
+}
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """Who a token or JWT is for: compiled to allow lists by `permissions`, carried in the JWT's tags by the signer."""
+
+    role: str  # "admin", "service", "plugin", "client", "join"
+    name: str
+    pool: str = ""
+    plugin: str = ""
+    calls: tuple[str, ...] = ()  # "contract/major" or "contract/major.method"
+    models: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("*",)
+
+
+def new_seed(prefix: int = nkeys.PREFIX_BYTE_USER) -> str:
+    """A fresh ed25519 nkey seed."""
+    return str(nkeys.encode_seed(os.urandom(32), prefix).decode())
+
+
+def public_key(seed: str) -> str:
+    return str(nkeys.from_seed(seed.encode()).public_key.decode())
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def sign(claims: dict[str, Any], seed: str) -> str:
+    """A NATS JWT (v2, ed25519-nkey) of `claims`, signed with `seed`."""
+    claims = {"jti": "", "iat": int(time.time()), "iss": public_key(seed), **claims}
+    claims["jti"] = base64.b32encode(hashlib.sha256(msgspec.json.encode(claims)).digest()).rstrip(b"=").decode()
+    head = _b64(b'{"typ":"JWT","alg":"ed25519-nkey"}') + "." + _b64(msgspec.json.encode(claims))
+    return f"{head}.{_b64(nkeys.from_seed(seed.encode()).sign(head.encode()))}"
+
+
+def read(jwt: str, issuer: str = "") -> dict[str, Any]:
+    """The claims of a JWT; with `issuer`, ClientFault "unauthorized" unless that key signed it and it has not expired."""
+    try:
+        head, _, signature = jwt.strip().rpartition(".")
+        claims: dict[str, Any] = msgspec.json.decode(base64.urlsafe_b64decode(head.partition(".")[2] + "==="))
+        if issuer:
+            if claims["iss"] != issuer or 0 < claims.get("exp", 0) < time.time():
+                raise ValueError("another issuer, or expired")
+            raw = base64.b32decode(issuer + "=" * (-len(issuer) % 8))[1:-2]  # prefix byte, key, CRC16
+            VerifyKey(raw).verify(head.encode(), base64.urlsafe_b64decode(signature + "==="))
+    except Exception as error:
+        raise ClientFault("unauthorized", f"the token is not valid: {error}", "get a new one") from None
+    return claims
+
+
+def permissions(grant: Grant) -> tuple[list[str], list[str]]:
+    """(publish, subscribe) allow lists. Publish permission is checked on the mapped subject, so both forms are listed:
+    `svc.x` lets an unrouted call come back as "no responders" instead of as a denial. Replies go to the inbox that the
+    caller named: its name holds 128 random bits, and only its owner may listen on it."""
+    me = grant.name
+    publish, subscribe = ["_INBOX.*.>"], [f"_INBOX.{me}.>"]
+
+    def may_call(*tails: str) -> None:
+        for tail in tails:
+            publish.extend([f"svc.{tail}.{me}" if not tail.startswith("model.") else f"{tail}.{me}", f"impl.*.{tail}.{me}"])
+
+    if grant.role == "join":
+        may_call("kernel.v1.enroll")
+        return publish, subscribe
+    if grant.role == "client":
+        may_call(*(f"model.{model}.{method}" for model in grant.models for method in grant.methods))
+        return publish, subscribe
+    publish.append(f"evt.*.*.{me}")
+    if grant.role == "plugin":
+        may_call("kernel.v1.hello", "kernel.v1.ready", "kernel.v1.renew", "work.v1.report",
+                 "artifacts.v1.put", "artifacts.v1.open", "artifacts.v1.describe")  # fmt: skip
+        for call in grant.calls:
+            contract, _, method = call.partition(".")
+            may_call(f"{contract.replace('/', '.v')}.{method or '*'}")
+    else:  # admin and services
+        may_call("*.*.*", "model.*.*")
+        publish.append(f"inst.*.*.*.*.{me}")
+        subscribe.append("evt.>")
+    if grant.role == "admin":
+        publish.extend(["$JS.API.DIRECT.GET.>", "$SRV.>"])
+        return publish, subscribe
+    if grant.role == "service":
+        writes, reads = SERVICES.get(me.partition("-")[0], ((), ()))
+        publish.extend(f"$KV.{bucket}.>" for bucket in writes)
+        publish.extend(f"$JS.API.DIRECT.GET.KV_{bucket}{end}" for bucket in writes + reads for end in ("", ".>"))
+        publish.extend(["$JS.API.DIRECT.GET.EVT", f"dlq.{me}.>"])
+    publish.append(f"$KV.leases.{me}")
+    subscribe.extend([f"impl.{grant.pool or me}.>", f"inst.{me}.>", "$SRV.>"])
+    return publish, subscribe
+
+
+class Authority:
+    """The keys of one home. `init_home` makes them; only the kernel and the launcher read them."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        folder = home / "identity"
+        self._seeds = {role: (folder / f"{role}.seed").read_text().strip() for role in ROLES}
+        self.operator, self.account, self.system = (public_key(self._seeds[r]) for r in ("operator", "account", "system"))
+
+    def operator_jwt(self) -> str:
+        nats = {"type": "operator", "version": 2, "system_account": self.system}
+        return sign({"name": "kernelm", "sub": self.operator, "nats": nats}, self._seeds["operator"])
+
+    def account_jwt(self, which: str = "account", mappings: dict[str, Any] | None = None,
+                    revocations: dict[str, int] | None = None, iat: int = 0) -> str:  # fmt: skip
+        """Claims of the kernelm account (or "system"): the routing table and the revocations in force."""
+        limits = {"subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
+        if which == "account":
+            limits |= {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
+        nats = {"type": "account", "version": 2, "limits": limits, "default_permissions": {"pub": {}, "sub": {}}}
+        nats |= {k: v for k, v in (("mappings", mappings), ("revocations", revocations)) if v}
+        claims = {"name": f"kernelm-{which}", "sub": getattr(self, which), "nats": nats} | ({"iat": iat} if iat else {})
+        return sign(claims, self._seeds["operator"])
+
+    def user_jwt(self, name: str, key: str, publish: Iterable[str], subscribe: Iterable[str], lifetime_s: int = LIFETIME_S,
+                 account: str = "account", tags: Iterable[str] = ()) -> tuple[str, int]:  # fmt: skip
+        """(JWT, expiry in Unix seconds; 0 with `lifetime_s` 0 for never) for the user `name` who holds `key`."""
+        nats = {"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "tags": list(tags),
+                "pub": {"allow": list(publish)}, "sub": {"allow": list(subscribe)}}  # fmt: skip
+        claims: dict[str, Any] = {"name": name, "sub": key, "nats": nats}
+        if lifetime_s:
+            claims["exp"] = int(time.time()) + lifetime_s
+        return sign(claims, self._seeds[account]), claims.get("exp", 0)
+
+    def credentials(self, name: str, account: str = "account") -> Credentials:
+        """The kernel's own, all-mighty in the account; with account "system" for pushing claims."""
+        seed = new_seed()
+        jwt, _ = self.user_jwt(name, public_key(seed), [">"], [">"], 0, account)
+        return Credentials(name, jwt, seed)
+
+    def issue(self, grant: Grant, key: str, lifetime_s: int = LIFETIME_S) -> tuple[str, int]:
+        """A JWT for `grant`, with the allow lists compiled in."""
+        publish, subscribe = permissions(grant)
+        packed = base64.b32encode(msgspec.json.encode(grant)).decode()  # tags are lower-cased by some tools: base32 survives
+        return self.user_jwt(grant.name, key, publish, subscribe, lifetime_s, tags=[f"grant:{packed}"])
+
+    def token(self, name: str, grant: Grant | None = None, ttl_s: int = 600) -> str:
+        """A one-time join token for the service `name`, or for what `grant` says. It can do one thing: enroll."""
+        grant = grant or Grant("service", subject_token(name), pool=name)
+        seed, identifier = new_seed(), f"join-{secrets.token_hex(8)}"
+        publish, subscribe = permissions(Grant("join", identifier))
+        packed = base64.b32encode(msgspec.json.encode(grant)).decode()
+        jwt, expires = self.user_jwt(identifier, public_key(seed), publish, subscribe, ttl_s, tags=[f"join:{packed}"])
+        return _b64(msgspec.json.encode(Credentials(identifier, jwt, seed, expires)))
+
+    def verify(self, jwt: str, kind: str) -> tuple[str, Grant]:
+        """(name, grant) of a JWT of ours, `kind` being "join" or "grant"; ClientFault "unauthorized" otherwise."""
+        claims = read(jwt, self.account)
+        for tag in claims["nats"].get("tags", []):
+            if tag.lower().startswith(f"{kind}:"):
+                return claims["name"], msgspec.json.decode(base64.b32decode(tag[len(kind) + 1 :].upper()), type=Grant)
+        raise ClientFault("unauthorized", f"not a {kind} token", "get one from `kernelm`")
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, at once and whole."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(path.name + f".{secrets.token_hex(4)}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def init_home(home: Path) -> Authority:
+    """Make the folders and keys of a home where there are none; the authority over it."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for role, prefix in ROLES.items():
+        path = home / "identity" / f"{role}.seed"
+        if not path.exists():
+            write_secret(path, new_seed(prefix))
+    authority = Authority(home)
+    if not (home / "admin.creds").exists():
+        seed = new_seed()
+        jwt, _ = authority.issue(Grant("admin", "admin"), public_key(seed), 0)
+        write_secret(home / "admin.creds", msgspec.json.encode(Credentials("admin", jwt, seed)).decode())
+    return authority
+
+
+def admin(home: Path) -> Credentials:
+    """The administrator's credentials of a home; ClientFault if it has none."""
+    with contextlib.suppress(OSError):
+        return msgspec.json.decode((home / "admin.creds").read_bytes(), type=Credentials)
+    raise ClientFault("no_home", f"{home} is no kernelm home that you may read", "run `kernelm up`, or give --home")
+
+
+async def join(url: str, token: str, patience_s: float = 60.0) -> Credentials:
+    """Turn a one-time join token into credentials of one's own: the seed is made here and never leaves."""
+    try:
+        ticket = msgspec.json.decode(base64.urlsafe_b64decode(token.strip() + "==="), type=Credentials)
+    except (ValueError, msgspec.DecodeError):
+        raise ClientFault("unauthorized", "the join token is damaged", "issue a new one") from None
+    seed = new_seed()
+    bus = await Bus.connect(url, ticket)
+    try:
+        enrolled = await bus.call(Kernel.enroll, EnrollRequest(ticket.jwt, public_key(seed)), timeout_s=5.0, patience_s=patience_s)
+    finally:
+        await bus.close()
+    return Credentials(enrolled.user, enrolled.jwt, seed, enrolled.expires)

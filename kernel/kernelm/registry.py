@@ -1,0 +1,98 @@
+"""Who is there: instances, their leases, their contracts.
+
+Records live in KV `registry` under `instance.<id>`; a restarted kernel reads them and goes on. An instance is alive as
+long as its lease is: a key with a TTL in KV `leases` that its runner renews. Expiry emits no event, so leases are polled.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from kernelm.bus import Bucket, Bus
+from kernelm.contract import CONTRACTS
+from kernelm.errors import ClientFault
+from kernelm.identity import Grant
+from kernelm.lifecycle import LIVE, step
+from kernelm.system import ContractVersion, Hello, Instance, InstanceChanged
+
+LEASE_TTL_S = 5  # whole seconds: the broker cuts fractions
+START_S = 120.0  # from "start" to "hello"; imports can be slow on a cold disk
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """What a runner writes to `leases.<instance>`."""
+
+    instance: str
+    renewed: float  # Unix seconds
+
+
+class Registry:
+    """The instances, in memory and in KV; every change is a transition of the lifecycle and an event."""
+
+    def __init__(self, bus: Bus, changed: Callable[[Instance], Awaitable[None]]) -> None:
+        self._bus, self._changed = bus, changed
+        self._records: Bucket[Instance] = bus.bucket("registry", Instance)
+        self._leases: Bucket[Lease] = bus.bucket("leases", Lease)
+        self.instances: dict[str, Instance] = {}
+        self._recovered = 0.0
+
+    async def recover(self) -> None:
+        """Read the records of an earlier life; leases get one TTL to be renewed before they count as lost."""
+        self.instances = {i.id: i for i, _ in (await self._records.all("instance")).values()}
+        self._recovered = time.time()
+
+    async def happens(self, id: str, happening: str, reason: str = "", **fields: object) -> Instance:
+        """Move an instance along its lifecycle: record, event, and whoever has to know."""
+        now = self.instances.get(id) or Instance(id, "", "", "", "", "")
+        state = step(now.state, happening)
+        new = msgspec.structs.replace(now, state=state, since=time.time(), reason=reason, **fields)
+        self.instances[id] = new
+        await self._records.put(f"instance.{id}", new, -1, patience_s=10)
+        if state != now.state:
+            await self._bus.publish(InstanceChanged(instance=id, plugin=new.plugin, pool=new.pool, state=state, was=now.state, reason=reason))
+        await self._changed(new)
+        return new
+
+    def grace(self) -> None:
+        """Nobody could renew for a while (the broker was away): count the silence from now."""
+        self._recovered = time.time()
+
+    async def hello(self, hello: Hello, grant: Grant, node: str) -> Instance:
+        """Negotiate contracts and note the newcomer."""
+        agreed = negotiate(hello.contracts, hello.plugin)
+        return await self.happens(hello.instance, "hello", plugin=hello.plugin, version=hello.version, contracts=agreed,
+                                  pool=grant.pool or grant.name, node=node)  # fmt: skip
+
+    async def check_leases(self) -> None:
+        """Declare lost whoever is silent."""
+        now = time.time()
+        alive = {lease.instance for lease, _ in (await self._leases.all()).values()}
+        for instance in list(self.instances.values()):
+            if instance.state not in LIVE or instance.id in alive:
+                continue
+            patience = START_S if instance.state in ("starting", "joined") else LEASE_TTL_S
+            if now - max(instance.since, self._recovered) > patience:
+                await self.happens(instance.id, "silence", f"no sign of life for {patience:g} s")
+
+    async def forget(self, keep: int = 50) -> None:
+        """Drop the records of the dead but for the last few, which `ps --all` shows."""
+        dead = sorted((i for i in self.instances.values() if i.state not in LIVE), key=lambda i: i.since)
+        for instance in dead[:-keep]:
+            del self.instances[instance.id]
+            await self._records.delete(f"instance.{instance.id}")
+
+
+def negotiate(offered: tuple[ContractVersion, ...], plugin: str) -> tuple[str, ...]:
+    """The contracts agreed on: of each name the highest major that both sides have. Contracts that the kernel itself
+    speaks must match in schema; of all others it only routes names, so what a plugin offers is taken."""
+    agreed: dict[str, ContractVersion] = {}
+    for contract in sorted(offered, key=lambda c: int(c.id.partition("/")[2] or 0)):
+        ours = CONTRACTS.get(contract.id)
+        if ours is None or ours.schema_hash() == contract.schema_hash:
+            agreed[contract.id.partition("/")[0]] = contract
+    if offered and not agreed:
+        here = {c.id(): c.schema_hash() for c in CONTRACTS.values()}
+        raise ClientFault("version_mismatch", f"{plugin} offers {', '.join(f'{c.id} ({c.schema_hash})' for c in offered)}; the kernel "
+                          f"has {', '.join(f'{k} ({v})' for k, v in here.items())}", "install matching versions")  # fmt: skip
+    return tuple(c.id for c in agreed.values())

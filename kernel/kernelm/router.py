@@ -1,0 +1,120 @@
+"""The routing table, pushed to the broker as mappings in the account's claims.
+
+The kernel never sees a call: it signs the whole table, the broker applies it at wire speed. Rules that were measured
+(see the design's "Routing and permission in the broker"): claims signed by the wrong key are acknowledged and not
+applied; older claims are accepted; claims without a revocation revive the key. So only the holder of the leader epoch
+pushes, always everything, `iat` strictly rising, and reads back what is in force.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+
+from kernelm.bus import Bucket, Bus
+from kernelm.errors import ClientFault, KernelFault
+from kernelm.identity import Authority
+from kernelm.system import Route
+
+
+class Leader(msgspec.Struct, frozen=True):
+    """Which kernel may push: the one that last raised the epoch."""
+
+    epoch: int
+    boot: str
+    iat: int  # of the last push
+
+
+class Revoked(msgspec.Struct, frozen=True):
+    """A user whose JWTs issued up to `at` are refused; kept until `until`, when the last of them has expired."""
+
+    key: str
+    at: int
+    until: int
+
+
+class Router:
+    """Holds the table in KV `routes` and keeps the broker's mappings equal to it."""
+
+    def __init__(self, authority: Authority, system: Bus, account: Bus) -> None:
+        self._authority, self._system, self._boot = authority, system, account.boot
+        self._routes: Bucket[Route] = account.bucket("routes", Route)
+        self._leader: Bucket[Leader] = account.bucket("routes", Leader)
+        self._revoked: Bucket[Revoked] = account.bucket("routes", Revoked)
+        self._lock = asyncio.Lock()
+        self.table: dict[str, Route] = {}
+        self.revoked: dict[str, Revoked] = {}
+        self.epoch = 0
+        self.health = "not pushed yet"
+
+    async def lead(self) -> None:
+        """Take the leadership: raise the epoch, read the table, push it."""
+        leader, revision = await self._leader.get("leader")
+        self.epoch = (leader.epoch if leader else 0) + 1
+        await self._leader.put("leader", Leader(self.epoch, self._boot, leader.iat if leader else 0), revision)
+        self.table = {r.name: r for r, _ in (await self._routes.all("route")).values()}
+        self.revoked = {r.key: r for r, _ in (await self._revoked.all("revoked")).values()}
+        await self.push()
+
+    async def set(self, route: Route) -> float:
+        """Make `route` durable and put it in force; the milliseconds that the broker's part took."""
+        if (total := sum(d.weight for d in route.to)) != 100 or any(d.weight < 1 for d in route.to):
+            raise ClientFault("invalid", f"route {route.name!r}: weights sum to {total}, each must be at least 1", "they are percent")
+        kept = self.table.get(route.name)
+        if kept and kept.generation > route.generation:
+            raise ClientFault("stale_generation", f"{route.name!r} is at generation {kept.generation}, not {route.generation}")
+        key = f"route.{route.kind}.{route.name.replace('/', '.')}"
+        await self._routes.put(key, route, -1, patience_s=10)
+        self.table[route.name] = route
+        return await self.push()
+
+    async def revoke(self, key: str, until: int) -> None:
+        """Refuse the user's JWTs issued up to now; the broker cuts its live connections."""
+        record = Revoked(key, int(time.time()), until)
+        await self._revoked.put(f"revoked.{key}", record, -1, patience_s=10)
+        self.revoked[key] = record
+        await self.push()
+
+    def mappings(self) -> dict[str, Any]:
+        """One wildcard mapping a name: every message scans them all."""
+        result: dict[str, Any] = {}
+        for route in self.table.values():
+            if route.kind == "model":
+                source, tail = f"model.{route.name}.*.*", f"model.{route.name}"
+            else:
+                name, _, major = route.name.partition("/")
+                source, tail = f"svc.{name}.v{major}.*.*", f"{name}.v{major}"
+            result[source] = [{"subject": f"impl.{d.pool}.{tail}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}", "weight": d.weight}
+                              for d in route.to]  # fmt: skip
+        return result
+
+    async def push(self) -> float:
+        """Sign the whole table, push it, read it back; KernelFault "routes_not_in_force" if the broker has another one."""
+        async with self._lock:
+            leader, revision = await self._leader.get("leader")
+            if leader is None or leader.epoch != self.epoch or leader.boot != self._boot:
+                self.health = f"deposed by epoch {leader.epoch if leader else 0}"
+                raise KernelFault("not_leader", f"this kernel held epoch {self.epoch} and was deposed", "it has to stop")
+            iat = max(int(time.time()), leader.iat + 1)
+            await self._leader.put("leader", Leader(self.epoch, self._boot, iat), revision)
+            for key in [k for k, r in self.revoked.items() if 0 < r.until < time.time()]:
+                await self._revoked.delete(f"revoked.{key}")
+                del self.revoked[key]
+            jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations={r.key: r.at for r in self.revoked.values()})
+            begun = time.perf_counter()
+            await self._system.request("$SYS.REQ.CLAIMS.UPDATE", jwt.encode(), 5.0)
+            took = (time.perf_counter() - begun) * 1e3
+            await self.check(jwt)
+            return took
+
+    async def check(self, jwt: str = "") -> None:
+        """Compare what is in force with what should be; without `jwt`, with the table."""
+        in_force = (await self._system.request(f"$SYS.REQ.ACCOUNT.{self._authority.account}.CLAIMS.LOOKUP", b"", 5.0)).data.decode()
+        from kernelm.identity import read
+
+        claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
+        same = in_force == jwt if jwt else claims.get("mappings", {}) == self.mappings()
+        self.health = "in force" if same else "the broker holds another table"
+        if not same:
+            raise KernelFault("routes_not_in_force", "the broker did not apply the routing table", "it is pushed again", retriable=True)

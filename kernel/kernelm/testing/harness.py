@@ -1,0 +1,184 @@
+"""A whole system in one `async with`: a real nats-server, a real kernel, and whatever services and plugins a test needs.
+
+    async with System() as system:
+        bus = await system.connect("jobs")          # as the service of that name, enrolled with a token
+        member = await system.plugin(MyScheduler, manifest)   # in this process, through the real protocol
+        await system.service("jobs")                # `python -m kernelm_jobs`, a process of its own
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kernelm.broker import Broker
+from kernelm.bus import Bus
+from kernelm.errors import Fault
+from kernelm.identity import Grant, admin, init_home, join
+from kernelm.kernel import KernelService, open_kernel
+from kernelm.plugin import Context, Manifest, Plugin, load_plugin
+from kernelm.runner import Member
+from kernelm.system import Empty, Kernel, PoolSpec, SystemState
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> Any:
+    """Wait until `condition()` (a plain or coroutine function) is true; its value. AssertionError after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"{what} did not come true within {timeout_s:g} s")
+        await asyncio.sleep(0.02)
+
+
+class System:
+    """One system in a temporary home. `kernel=False` leaves the kernel to the test."""
+
+    def __init__(self, home: Path | None = None, *, kernel: bool = True, manifests: dict[str, Manifest] | None = None) -> None:
+        self._temporary = home is None
+        self.home = home or Path(tempfile.mkdtemp(prefix="kernelm-"))
+        self.authority = init_home(self.home)
+        self.broker = Broker(self.home, self.authority)
+        self.kernel: KernelService | None = None
+        self.admin: Bus
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._want_kernel, self._manifests = kernel, manifests or {}
+        self._buses: list[Bus] = []
+        self._members: list[tuple[Member, asyncio.Task[None]]] = []
+
+    async def __aenter__(self) -> "System":
+        self.broker.write_config()
+        self.start_broker()
+        await until(self._answers, 10, "the broker")
+        if self._want_kernel:
+            await self.start_kernel()
+        self.admin = await self.track(Bus.connect(self.broker.url, admin(self.home)))
+        return self
+
+    def start_broker(self) -> None:
+        self.processes["broker"] = subprocess.Popen(self.broker.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    async def _answers(self) -> bool:
+        try:
+            _, writer = await asyncio.open_connection(self.broker.host, self.broker.port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    async def start_kernel(self) -> KernelService:
+        """A kernel in this process, with the test's manifests and no default pools."""
+        self.kernel = await open_kernel(self.home, self.broker.url)
+        self.kernel.manifests.clear()
+        self.kernel.manifests.update(self._manifests)
+        await self.kernel.start()
+        self._buses.append(self.kernel.bus)
+        return self.kernel
+
+    async def track(self, connecting: Awaitable[Bus]) -> Bus:
+        bus = await connecting
+        self._buses.append(bus)
+        return bus
+
+    async def connect(self, name: str, grant: Grant | None = None) -> Bus:
+        """A connection under `name`: a service's, or what `grant` says; enrolled with a one-time token."""
+        credentials = await join(self.broker.url, self.authority.token(name, grant))
+        return await self.track(Bus.connect(self.broker.url, credentials))
+
+    async def plugin(self, factory: type[Plugin], manifest: Manifest, *, pool: str = "", settings: dict[str, Any] | None = None,
+                     instance: str = "") -> Member:  # fmt: skip
+        """An instance of `factory` in this process, through the real protocol; returns when it is ready."""
+        name, pool = instance or f"{manifest.name}-t{len(self._members)}", pool or manifest.name
+        bus = await self.connect(name, Grant("plugin", name, pool, manifest.name, calls=manifest.calls))
+        scratch = self.home / "scratch" / name
+        scratch.mkdir(parents=True)
+        context = Context(bus, name, pool, manifest, scratch)
+        member = Member(bus, name, manifest.name, manifest.version, manifest.contracts, manifest.max_jobs)
+
+        async def build(given: dict[str, Any]) -> Plugin:
+            spec = msgspec.structs.replace(manifest, entry=f"{factory.__module__}:{factory.__qualname__}")
+            return load_plugin(spec, context, given or settings or {}, factory)
+
+        return await self.member(member, build)
+
+    async def member(self, member: Member, build: Callable[[dict[str, Any]], Awaitable[Any]]) -> Member:
+        task = asyncio.create_task(member.run(build))
+        self._members.append((member, task))
+        ready = asyncio.create_task(self.ready(member.name))
+        await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            ready.cancel()
+            task.result()
+        await ready
+        return member
+
+    async def service(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start `python -m kernelm_<name>` with a token of its own; returns when it is ready."""
+        identity = "node-local" if name == "node" else name
+        token = self.home / "run" / "tokens" / identity
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.write_text(self.authority.token(identity))
+        env = {**os.environ, "KERNELM_URL": self.broker.url, "KERNELM_HOME": str(self.home), "KERNELM_TOKEN_FILE": str(token), **environment}
+        (self.home / "logs").mkdir(exist_ok=True)
+        with (self.home / "logs" / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen([sys.executable, "-m", f"kernelm_{name}"], env=env, stdout=log, stderr=log)
+        since = time.time()
+        await self.ready(identity, 30, since)
+        return self.processes[name]
+
+    async def state(self) -> SystemState:
+        state: SystemState = await self.admin.call(Kernel.state, Empty(), timeout_s=5.0, patience_s=10.0)
+        return state
+
+    async def ready(self, instance: str, timeout_s: float = 20.0, since: float = 0.0) -> None:
+        async def there() -> bool:
+            try:
+                state = await self.state()
+            except Fault:
+                return False
+            return any(i.id == instance and i.state == "ready" and i.since >= since for i in state.instances)
+
+        await until(there, timeout_s, f"{instance} ready")
+
+    async def pool(self, spec: PoolSpec, timeout_s: float = 60.0) -> None:
+        """Start a pool and wait until it has a ready instance."""
+        await self.admin.call(Kernel.start_pool, spec)
+
+        async def there() -> bool:
+            return any(i.pool == spec.pool and i.state == "ready" for i in (await self.state()).instances)
+
+        await until(there, timeout_s, f"pool {spec.pool}")
+
+    async def __aexit__(self, *_: object) -> None:
+        for member, task in self._members:
+            member.stopping.set()
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(task, 5)
+        for name in reversed(list(self.processes)):
+            if name != "broker":
+                self.processes[name].terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    await asyncio.to_thread(self.processes[name].wait, 10)
+                self.processes[name].kill()
+        if self.kernel is not None:
+            await self.kernel.stop()
+        for bus in self._buses:
+            with contextlib.suppress(Exception):
+                await bus.close()
+        self.processes["broker"].kill()
+        await asyncio.to_thread(self.processes["broker"].wait)
+        if self._temporary:
+            shutil.rmtree(self.home, ignore_errors=True)
