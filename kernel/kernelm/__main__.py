@@ -9,8 +9,8 @@ from pathlib import Path
 
 import uvloop
 
-from kernelm.errors import Fault
 from kernelm.kernel import open_kernel
+from kernelm_sdk.errors import Fault
 
 
 async def main() -> int:

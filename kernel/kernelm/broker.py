@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernelm.errors import ClientFault
 from kernelm.identity import Authority
+from kernelm_sdk.errors import ClientFault
 
 FLOOR = (2, 14, 3)  # authorization bypasses before
 
@@ -66,9 +66,10 @@ class Broker:
         for name in ("resolver", "jetstream"):
             (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / "nats.conf"
-        path.write_text(TEMPLATE.format(host=self.host, port=self.port, operator=self.authority.operator_jwt(), disk_mb=self.disk_mb,
-                                        system=self.authority.system, system_jwt=self.authority.account_jwt("system"),
-                                        folder=self.folder.resolve()))  # fmt: skip
+        path.write_text(TEMPLATE.format(
+            host=self.host, port=self.port, disk_mb=self.disk_mb, folder=self.folder.resolve(), system=self.authority.system,
+            operator=self.authority.operator_jwt(), system_jwt=self.authority.account_jwt("system"),
+        ))  # fmt: skip
         path.chmod(0o600)
         return path
 

@@ -19,10 +19,10 @@ import msgspec
 import nkeys
 from nacl.signing import VerifyKey
 
-from kernelm.bus import Bus, Credentials
-from kernelm.contract import token as subject_token
-from kernelm.errors import ClientFault
-from kernelm.system import EnrollRequest, Kernel
+from kernelm_sdk.bus import Credentials
+from kernelm_sdk.contract import token as subject_token
+from kernelm_sdk.enrollment import new_seed, public_key
+from kernelm_sdk.errors import ClientFault
 
 LIFETIME_S = 24 * 3600  # of a user's JWT; renewed at two thirds
 ROLES = {"operator": nkeys.PREFIX_BYTE_OPERATOR, "account": nkeys.PREFIX_BYTE_ACCOUNT, "system": nkeys.PREFIX_BYTE_ACCOUNT}
@@ -45,15 +45,6 @@ class Grant(msgspec.Struct, frozen=True):
     calls: tuple[str, ...] = ()  # "contract/major" or "contract/major.method"
     models: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("*",)
-
-
-def new_seed(prefix: int = nkeys.PREFIX_BYTE_USER) -> str:
-    """A fresh ed25519 nkey seed."""
-    return str(nkeys.encode_seed(os.urandom(32), prefix).decode())
-
-
-def public_key(seed: str) -> str:
-    return str(nkeys.from_seed(seed.encode()).public_key.decode())
 
 
 def _b64(data: bytes) -> str:
@@ -217,18 +208,3 @@ def admin(home: Path) -> Credentials:
     with contextlib.suppress(OSError):
         return msgspec.json.decode((home / "admin.creds").read_bytes(), type=Credentials)
     raise ClientFault("no_home", f"{home} is no kernelm home that you may read", "run `kernelm up`, or give --home")
-
-
-async def join(url: str, token: str, patience_s: float = 60.0) -> Credentials:
-    """Turn a one-time join token into credentials of one's own: the seed is made here and never leaves."""
-    try:
-        ticket = msgspec.json.decode(base64.urlsafe_b64decode(token.strip() + "==="), type=Credentials)
-    except (ValueError, msgspec.DecodeError):
-        raise ClientFault("unauthorized", "the join token is damaged", "issue a new one") from None
-    seed = new_seed()
-    bus = await Bus.connect(url, ticket)
-    try:
-        enrolled = await bus.call(Kernel.enroll, EnrollRequest(ticket.jwt, public_key(seed)), timeout_s=5.0, patience_s=patience_s)
-    finally:
-        await bus.close()
-    return Credentials(enrolled.user, enrolled.jwt, seed, enrolled.expires)

@@ -8,8 +8,8 @@ import hashlib
 
 import msgspec
 
-from kernelm.bus import Bus
-from kernelm.events import received
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.events import received
 
 BUCKETS = ("registry", "routes", "jobs", "runs", "results", "models", "datasets", "deployments", "keys")
 GIB = 2**30

@@ -13,15 +13,15 @@ from typing import Any
 
 import msgspec
 
-from kernelm.bus import Bus, handlers_of
-from kernelm.errors import ClientFault, Fault, KernelFault
-from kernelm.identity import LIFETIME_S, Authority, Grant, public_key
+from kernelm.identity import LIFETIME_S, Authority, Grant
 from kernelm.journal import AuditTrail, audit, create_assets
-from kernelm.plugin import find_manifests
-from kernelm.registry import Registry
+from kernelm.registry import Lease, Registry
 from kernelm.router import Router
 from kernelm.supervisor import Supervisor
-from kernelm.system import (
+from kernelm_sdk.bus import Bus, handlers_of
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
+from kernelm_sdk.plugin import find_manifests
+from kernelm_sdk.system import (
     Destination,
     Empty,
     Enrolled,
@@ -72,6 +72,7 @@ class KernelService:
         self.supervisor = Supervisor(bus, self.authority, self.registry, manifests)
         self.trail = AuditTrail(bus)
         self._members, self._keys = bus.bucket("registry", Member), bus.bucket("keys", Key)
+        self._lease = bus.bucket("leases", Lease)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.deposed = asyncio.Event()
 
@@ -117,7 +118,7 @@ class KernelService:
         while not self.deposed.is_set():
             await asyncio.sleep(1.0)
             try:
-                await self.bus.append("$KV.leases.kernel", b'{"instance":"kernel","renewed":%d}' % time.time(), {"Nats-TTL": str(LEASE_S)})
+                await self._lease.put("kernel", Lease("kernel", time.time()), -1, ttl_s=LEASE_S)
                 await self.registry.check_leases()
                 await self.router.check()
             except KernelFault as fault:
@@ -289,6 +290,3 @@ async def open_kernel(home: Path, url: str) -> KernelService:
         await system.request("$SYS.REQ.CLAIMS.UPDATE", authority.account_jwt().encode(), 5.0)
     bus = await Bus.connect(url, authority.credentials("kernel"))
     return KernelService(home, system, bus)
-
-
-__all__ = ["KernelService", "open_kernel", "public_key"]

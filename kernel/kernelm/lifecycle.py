@@ -1,6 +1,6 @@
 """The states of an instance, as ONE table. `python -m kernelm.lifecycle` prints it as a Mermaid diagram."""
 
-from kernelm.errors import ClientFault
+from kernelm_sdk.errors import ClientFault
 
 # (state, what happens) -> next state. What is not in the table can't happen: `step` raises and changes nothing.
 TRANSITIONS: dict[tuple[str, str], str] = {

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from kernelm.bus import Bucket, Bus
-from kernelm.contract import CONTRACTS
-from kernelm.errors import ClientFault
 from kernelm.identity import Grant
 from kernelm.lifecycle import LIVE, step
-from kernelm.system import ContractVersion, Hello, Instance, InstanceChanged
+from kernelm_sdk.bus import Bucket, Bus
+from kernelm_sdk.contract import CONTRACTS
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import ContractVersion, Hello, Instance, InstanceChanged
 
 LEASE_TTL_S = 5  # whole seconds: the broker cuts fractions
 START_S = 120.0  # from "start" to "hello"; imports can be slow on a cold disk
@@ -50,7 +50,8 @@ class Registry:
         self.instances[id] = new
         await self._records.put(f"instance.{id}", new, -1, patience_s=10)
         if state != now.state:
-            await self._bus.publish(InstanceChanged(instance=id, plugin=new.plugin, pool=new.pool, state=state, was=now.state, reason=reason))
+            event = InstanceChanged(instance=id, plugin=new.plugin, pool=new.pool, state=state, was=now.state, reason=reason)
+            await self._bus.publish(event)
         await self._changed(new)
         return new
 
@@ -92,7 +93,7 @@ def negotiate(offered: tuple[ContractVersion, ...], plugin: str) -> tuple[str, .
         if ours is None or ours.schema_hash() == contract.schema_hash:
             agreed[contract.id.partition("/")[0]] = contract
     if offered and not agreed:
-        here = {c.id(): c.schema_hash() for c in CONTRACTS.values()}
-        raise ClientFault("version_mismatch", f"{plugin} offers {', '.join(f'{c.id} ({c.schema_hash})' for c in offered)}; the kernel "
-                          f"has {', '.join(f'{k} ({v})' for k, v in here.items())}", "install matching versions")  # fmt: skip
+        theirs = ", ".join(f"{c.id} ({c.schema_hash})" for c in offered)
+        ours_ = ", ".join(f"{c.id()} ({c.schema_hash()})" for c in CONTRACTS.values())
+        raise ClientFault("version_mismatch", f"{plugin} offers {theirs}; the kernel has {ours_}", "install matching versions")
     return tuple(c.id for c in agreed.values())

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from kernelm.bus import Bucket, Bus
-from kernelm.errors import ClientFault, KernelFault
-from kernelm.identity import Authority
-from kernelm.system import Route
+from kernelm.identity import Authority, read
+from kernelm_sdk.bus import Bucket, Bus
+from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.system import Route
 
 
 class Leader(msgspec.Struct, frozen=True):
@@ -59,8 +59,9 @@ class Router:
 
     async def set(self, route: Route) -> float:
         """Make `route` durable and put it in force; the milliseconds that the broker's part took."""
-        if (total := sum(d.weight for d in route.to)) != 100 or any(d.weight < 1 for d in route.to):
-            raise ClientFault("invalid", f"route {route.name!r}: weights sum to {total}, each must be at least 1", "they are percent")
+        total = sum(d.weight for d in route.to)
+        if total != 100 or any(d.weight < 1 for d in route.to):
+            raise ClientFault("invalid", f"route {route.name!r}: weights sum to {total}", "percent: each at least 1, 100 in all")
         kept = self.table.get(route.name)
         if kept and kept.generation > route.generation:
             raise ClientFault("stale_generation", f"{route.name!r} is at generation {kept.generation}, not {route.generation}")
@@ -101,7 +102,8 @@ class Router:
             for key in [k for k, r in self.revoked.items() if 0 < r.until < time.time()]:
                 await self._revoked.delete(f"revoked.{key}")
                 del self.revoked[key]
-            jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations={r.key: r.at for r in self.revoked.values()})
+            revocations = {r.key: r.at for r in self.revoked.values()}
+            jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=revocations)
             begun = time.perf_counter()
             await self._system.request("$SYS.REQ.CLAIMS.UPDATE", jwt.encode(), 5.0)
             took = (time.perf_counter() - begun) * 1e3
@@ -110,11 +112,11 @@ class Router:
 
     async def check(self, jwt: str = "") -> None:
         """Compare what is in force with what should be; without `jwt`, with the table."""
-        in_force = (await self._system.request(f"$SYS.REQ.ACCOUNT.{self._authority.account}.CLAIMS.LOOKUP", b"", 5.0)).data.decode()
-        from kernelm.identity import read
-
+        subject = f"$SYS.REQ.ACCOUNT.{self._authority.account}.CLAIMS.LOOKUP"
+        in_force = (await self._system.request(subject, b"", 5.0)).data.decode()
         claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
         same = in_force == jwt if jwt else claims.get("mappings", {}) == self.mappings()
         self.health = "in force" if same else "the broker holds another table"
         if not same:
-            raise KernelFault("routes_not_in_force", "the broker did not apply the routing table", "it is pushed again", retriable=True)
+            raise KernelFault("routes_not_in_force", "the broker did not apply the routing table", "it is pushed again",
+                              retriable=True)  # fmt: skip

@@ -11,13 +11,13 @@ import secrets
 import time
 from collections import defaultdict, deque
 
-from kernelm.bus import Bucket, Bus
-from kernelm.errors import Fault
 from kernelm.identity import Authority, Grant
 from kernelm.lifecycle import LIVE
-from kernelm.plugin import Manifest, Restart
 from kernelm.registry import Registry
-from kernelm.system import DrainRequest, Instance, InstanceName, Lifecycle, Node, PoolSpec, StartInstance
+from kernelm_sdk.bus import Bucket, Bus
+from kernelm_sdk.errors import Fault
+from kernelm_sdk.plugin import Manifest, Restart
+from kernelm_sdk.system import DrainRequest, Instance, InstanceName, Lifecycle, Node, PoolSpec, StartInstance
 
 log = logging.getLogger("kernelm.supervisor")
 
@@ -128,7 +128,8 @@ class Supervisor:
         grant = Grant("plugin", identifier, spec.pool, spec.plugin, calls=manifest.calls)
         runtime = spec.runtime or manifest.runtimes[0]
         await self._registry.happens(identifier, "start", plugin=spec.plugin, version=manifest.version, pool=spec.pool, node=node)
-        request = StartInstance(identifier, spec.plugin, spec.pool, runtime, self._authority.token(identifier, grant), manifest.needs)
+        token = self._authority.token(identifier, grant)
+        request = StartInstance(identifier, spec.plugin, spec.pool, runtime, token, manifest.needs)
         try:
             await self._bus.call(Node.start, request, instance=f"node-{node}", timeout_s=30.0)
         except Fault as fault:

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from kernelm.contract import Contract, job, model_unary, streamed, unary
-from kernelm.errors import ClientFault, KernelFault, PluginFault
 from kernelm.identity import Grant
-from kernelm.plugin import Call, Job, Manifest, Plugin
-from kernelm.system import Destination, Dispatch, Kernel, Route
 from kernelm.testing.harness import System, until
+from kernelm_sdk.contract import Contract, job, model_unary, streamed, unary
+from kernelm_sdk.errors import ClientFault, KernelFault, PluginFault
+from kernelm_sdk.plugin import Call, Job, Manifest, Plugin
+from kernelm_sdk.system import Destination, Dispatch, Kernel, Route
 
 
 class Text(msgspec.Struct, frozen=True):

@@ -21,13 +21,14 @@ from typing import Any
 import msgspec
 
 from kernelm.broker import Broker
-from kernelm.bus import Bus
-from kernelm.errors import Fault
-from kernelm.identity import Grant, admin, init_home, join
+from kernelm.identity import Grant, admin, init_home
 from kernelm.kernel import KernelService, open_kernel
-from kernelm.plugin import Context, Manifest, Plugin, load_plugin
-from kernelm.runner import Member
-from kernelm.system import Empty, Kernel, PoolSpec, SystemState
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.enrollment import join
+from kernelm_sdk.errors import Fault
+from kernelm_sdk.plugin import Context, Manifest, Plugin, load_plugin
+from kernelm_sdk.runner import Member
+from kernelm_sdk.system import Empty, Kernel, PoolSpec, SystemState
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> Any:
@@ -131,7 +132,8 @@ class System:
         token = self.home / "run" / "tokens" / identity
         token.parent.mkdir(parents=True, exist_ok=True)
         token.write_text(self.authority.token(identity))
-        env = {**os.environ, "KERNELM_URL": self.broker.url, "KERNELM_HOME": str(self.home), "KERNELM_TOKEN_FILE": str(token), **environment}
+        env = {**os.environ, "KERNELM_URL": self.broker.url, "KERNELM_HOME": str(self.home), "KERNELM_TOKEN_FILE": str(token)}
+        env |= environment
         (self.home / "logs").mkdir(exist_ok=True)
         with (self.home / "logs" / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen([sys.executable, "-m", f"kernelm_{name}"], env=env, stdout=log, stderr=log)

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
-from kernelm.contract import Contract, job, unary
-from kernelm.events import Event
-from kernelm.plugin import Job
-from kernelm.system import ArtifactName
+from kernelm_sdk.contract import Contract, job, unary
+from kernelm_sdk.events import Event
+from kernelm_sdk.plugin import Job
+from kernelm_sdk.system import ArtifactName
 
 
 class Clean(Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,7 +89,7 @@ class Prepared(Struct, frozen=True):
     card: DatasetCard
 
 
-class DatasetPrepared(Event):
+class DatasetPrepared(Event, frozen=True):
     """A dataset version is in the store."""
 
     TYPE: ClassVar[str] = "dataset.prepared"

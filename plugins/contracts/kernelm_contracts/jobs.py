@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 
-from kernelm.contract import Contract, streamed, unary
-from kernelm.errors import FaultBody
-from kernelm.events import Event
-from kernelm.system import Progress, Resources
+from kernelm_sdk.contract import Contract, streamed, unary
+from kernelm_sdk.errors import FaultBody
+from kernelm_sdk.events import Event
+from kernelm_sdk.system import Progress, Resources
 
 JobState = Literal["queued", "placed", "running", "done", "dead", "cancelled"]
 
@@ -105,7 +105,7 @@ class JobList(Struct, frozen=True):
     jobs: tuple[JobRecord, ...]
 
 
-class JobChanged(Event):
+class JobChanged(Event, frozen=True):
     """A job went to another state."""
 
     TYPE: ClassVar[str] = "job.state"
@@ -117,7 +117,7 @@ class JobChanged(Event):
     why: str = ""
 
 
-class JobProgress(Event):
+class JobProgress(Event, frozen=True):
     """A job got on; at most one a second and job."""
 
     TYPE: ClassVar[str] = "job.progress"
@@ -127,7 +127,7 @@ class JobProgress(Event):
     progress: Progress
 
 
-class RunFinished(Event):
+class RunFinished(Event, frozen=True):
     """A run is at its end."""
 
     TYPE: ClassVar[str] = "run.finished"
@@ -137,7 +137,7 @@ class RunFinished(Event):
     took_s: float
 
 
-class ModelDeployed(Event):
+class ModelDeployed(Event, frozen=True):
     """A model version answers under a name."""
 
     TYPE: ClassVar[str] = "model.deployed"

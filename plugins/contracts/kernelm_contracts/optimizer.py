@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from msgspec import Struct
 
-from kernelm.contract import Contract, job
-from kernelm.events import Event
-from kernelm.plugin import Job
 from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import Scores, TrainRequest
+from kernelm_sdk.contract import Contract, job
+from kernelm_sdk.events import Event
+from kernelm_sdk.plugin import Job
 
 
 class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +53,7 @@ class Optimized(Struct, frozen=True):
     took_s: float = 0.0
 
 
-class CandidateMeasured(Event):
+class CandidateMeasured(Event, frozen=True):
     """A candidate has figures."""
 
     TYPE: ClassVar[str] = "candidate.measured"

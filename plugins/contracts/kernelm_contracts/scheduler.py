@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from kernelm.contract import Contract, unary
-from kernelm.system import Resources
+from kernelm_sdk.contract import Contract, unary
+from kernelm_sdk.system import Resources
 
 
 class NodeState(Struct, frozen=True):

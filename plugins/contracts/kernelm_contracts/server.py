@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from kernelm.contract import Contract, job, model_unary
-from kernelm.plugin import Job
 from kernelm_contracts.trainer import Scores
+from kernelm_sdk.contract import Contract, job, model_unary
+from kernelm_sdk.plugin import Job
 
 
 class ServedModel(Struct, frozen=True, forbid_unknown_fields=True):

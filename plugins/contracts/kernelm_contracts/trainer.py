@@ -30,10 +30,10 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 
-from kernelm.contract import Contract, job, unary
-from kernelm.events import Event
-from kernelm.plugin import Job
-from kernelm.system import ArtifactName
+from kernelm_sdk.contract import Contract, job, unary
+from kernelm_sdk.events import Event
+from kernelm_sdk.plugin import Job
+from kernelm_sdk.system import ArtifactName
 
 Structure = Literal["encoder", "frozen-linear", "tfidf-linear"]
 Algorithm = Literal["sgd", "momentum", "rmsprop", "adam", "adamw", "adafactor", "lion", "muon", "liblinear", "lbfgs"]
@@ -104,7 +104,7 @@ class Trained(Struct, frozen=True):
     tokens_per_s: float = 0.0
 
 
-class ModelTrained(Event):
+class ModelTrained(Event, frozen=True):
     """A model is in the store."""
 
     TYPE: ClassVar[str] = "model.trained"

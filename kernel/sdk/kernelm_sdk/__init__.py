@@ -1,0 +1,1 @@
+"""What every member of a kernelm system shares. Start reading at contract.py."""

@@ -1,0 +1,545 @@
+"""The bus: calls, streams, events and records over NATS. The only file that imports nats.
+
+Requests use an inbox of our own in place of nats-py's: a permission violation arrives on the connection and not as a
+reply, and must become the error of the very call that was denied; a lost connection must fail the calls in flight at
+once; and one call may have many replies (streams, reading a bucket).
+"""
+
+import asyncio
+import base64
+import contextlib
+import logging
+import re
+import secrets
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import nats
+import nkeys
+from nats.aio.msg import Msg
+
+from kernelm_sdk.contract import CONTRACTS, Method, method_of
+from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body, invalid
+from kernelm_sdk.events import Event, Received, envelope, received
+from kernelm_sdk.system import Dispatch
+
+T = TypeVar("T", bound=msgspec.Struct)
+ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"  # ADR-32, so that the stock tool shows faults
+DEADLINE, LAST = "Kernelm-Deadline", "Kernelm-Last"
+DEFAULT_TIMEOUT_S = 30.0
+WINDOW = 64  # frames of a stream in flight; the consumer grants more at every half
+log = logging.getLogger("kernelm.bus")
+encode = msgspec.json.Encoder().encode
+
+
+class Credentials(msgspec.Struct):
+    """Who connects: the name that the JWT fixes, the JWT, and the seed that signs the server's nonce."""
+
+    user: str
+    jwt: str
+    seed: str
+    expires: int = 0  # Unix seconds; 0 for never
+
+
+
+class Bus:
+    """One connection of one identity. Make it with `await Bus.connect(...)`, end it with `await bus.close()`."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials, self.user = credentials, credentials.user
+        self.boot = secrets.token_hex(16)  # events are numbered per source and boot; 128 bits, for it names the inbox too
+        self.reconnected: list[Callable[[], Awaitable[None]]] = []
+        self._client = nats.NATS()
+        self._inbox = f"_INBOX.{self.user}.{self.boot}"
+        self._waiting: dict[str, tuple[str, asyncio.Queue[Msg | Fault] | asyncio.Future[Msg]]] = {}  # token -> subject, sink
+        self._next = 0
+        self._sequence = 0
+        self._publishing = asyncio.Lock()
+        self._methods: dict[Any, tuple[Method, msgspec.json.Decoder[Any]]] = {}
+        self._subjects: dict[tuple[Any, str, str], str] = {}
+        self._denied: dict[str, str] = {}
+
+    # ---- connection ----
+
+    @classmethod
+    async def connect(cls, url: str, credentials: Credentials, *, tls: ssl.SSLContext | None = None,
+                      timeout_s: float = 10.0) -> "Bus":  # fmt: skip
+        """Connect, or KernelFault "broker_unreachable" / ClientFault "unauthorized" within `timeout_s`."""
+        bus = cls(credentials)
+        problems: list[str] = []
+
+        async def on_error(error: Exception) -> None:
+            problems.append(str(error) or type(error).__name__)
+            bus._on_error(error)
+
+        try:
+            await asyncio.wait_for(bus._client.connect(
+                url, name=bus.user, user_jwt_cb=bus._jwt, signature_cb=bus._sign, inbox_prefix=bus._inbox, tls=tls,
+                max_reconnect_attempts=-1, reconnect_time_wait=0.1, ping_interval=1, max_outstanding_pings=3,
+                error_cb=on_error, disconnected_cb=bus._on_disconnect, reconnected_cb=bus._on_reconnect,
+            ), timeout_s)  # fmt: skip
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                await bus._client.close()
+            cause = "; ".join(problems[-1:]) or str(error) or type(error).__name__
+            if "uthorization" in cause:
+                raise ClientFault("unauthorized", f"the broker at {url} refused {bus.user!r}: {cause}",
+                                  "the key is wrong, expired or revoked: get a new one") from None  # fmt: skip
+            raise KernelFault("broker_unreachable", f"no broker at {url}: {cause}", "is `kernelm up` running?",
+                              retriable=True) from None  # fmt: skip
+        await bus._client.subscribe(f"{bus._inbox}.*", cb=bus._on_reply)
+        return bus
+
+    async def close(self) -> None:
+        """Flush what was published and disconnect."""
+        with contextlib.suppress(Exception):
+            await self._client.flush(2)
+        await self._client.close()
+
+    @property
+    def closed(self) -> bool:
+        """For good: closed by us, or shut out by the broker (expired or revoked)."""
+        return bool(self._client.is_closed)
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._client.is_connected)
+
+    async def renewed(self, credentials: Credentials) -> None:
+        """Go on under a new JWT: nats-py closes for good when the old one expires."""
+        self.credentials = credentials
+        await self._client.flush()
+        await self._client.force_reconnect()
+
+    def _jwt(self) -> bytearray:
+        return bytearray(self.credentials.jwt.encode())
+
+    def _sign(self, nonce: str) -> bytes:
+        return base64.b64encode(nkeys.from_seed(self.credentials.seed.encode()).sign(nonce.encode()))
+
+    def _on_error(self, error: Exception) -> None:
+        denied = re.search(r"permissions violation for (\w+) to \"([^\"]+)\"", str(error), re.IGNORECASE)
+        if not denied:
+            log.warning("broker: %s", str(error) or type(error).__name__)
+            return
+        what, subject = denied[1].lower(), denied[2]
+        self._denied[subject] = what
+        fault = ClientFault("permission_denied", f"{self.user!r} may not {what.replace('ion', 'e').replace('publishe', 'publish')} "
+                            f"{subject!r}", "ask for a key or a manifest that grants it")  # fmt: skip
+        # the broker names the subject after mapping: impl.<pool>.<tail> for a call that was made on [svc.]<tail>
+        tail = subject.split(".", 2)[2] if subject.startswith("impl.") else ""
+        for token, (wanted, _) in list(self._waiting.items()):
+            if subject == wanted or (tail and tail == wanted.removeprefix("svc.")):
+                self._fail(token, fault)
+
+    async def _on_disconnect(self) -> None:
+        fault = KernelFault("disconnected", "the connection to the broker was lost before the answer came", retriable=True)
+        for token in list(self._waiting):
+            self._fail(token, fault)
+
+    async def _on_reconnect(self) -> None:
+        for callback in self.reconnected:
+            await callback()
+
+    # ---- requests ----
+
+    def _fail(self, token: str, fault: Fault) -> None:
+        entry = self._waiting.pop(token, None)
+        if entry is None:
+            return
+        if isinstance(entry[1], asyncio.Queue):
+            entry[1].put_nowait(fault)
+        elif not entry[1].done():
+            entry[1].set_exception(fault)
+
+    async def _on_reply(self, msg: Msg) -> None:
+        token = msg.subject.rpartition(".")[2]
+        entry = self._waiting.get(token)
+        if entry is None:
+            return
+        if isinstance(entry[1], asyncio.Queue):
+            entry[1].put_nowait(msg)
+            return
+        del self._waiting[token]
+        if not entry[1].done():
+            entry[1].set_result(msg)
+
+    def _token(self) -> str:
+        self._next += 1
+        return format(self._next, "x")
+
+    async def request(self, subject: str, body: bytes, timeout_s: float, headers: dict[str, str] | None = None) -> Msg:
+        """One raw request and its one reply; faults: "no_responders", "timeout", "permission_denied", "disconnected"."""
+        token = self._token()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Msg] = loop.create_future()
+        self._waiting[token] = (subject, future)
+        timer = loop.call_later(timeout_s, self._fail, token, KernelFault(
+            "timeout", f"no answer on {subject} within {timeout_s:g} s", retriable=True))  # fmt: skip
+        try:
+            await self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            msg = await future
+        except nats.errors.Error as error:
+            raise _of_nats(error, subject) from None
+        finally:
+            timer.cancel()
+            self._waiting.pop(token, None)
+        _raise_if_fault(msg, subject)
+        return msg
+
+    def resolve(self, declared: Any) -> tuple[Method, msgspec.json.Decoder[Any]]:
+        """The method behind a contract's attribute, with the decoder of its replies."""
+        entry = self._methods.get(declared)
+        if entry is None:
+            method = declared if isinstance(declared, Method) else method_of(declared)
+            entry = self._methods[declared] = (method, msgspec.json.Decoder(method.reply))
+        return entry
+
+    def _subject(self, declared: Any, method: Method, model: str, instance: str) -> str:
+        key = (declared, model, instance)
+        subject = self._subjects.get(key)
+        if subject is None:
+            subject = f"inst.{instance}.{method.tail(self.user, model)}" if instance else method.subject(self.user, model)
+            self._subjects[key] = subject
+        return subject
+
+    async def call(self, declared: Any, request: msgspec.Struct, *, model: str = "", instance: str = "",
+                   timeout_s: float = DEFAULT_TIMEOUT_S, patience_s: float = 0.0) -> Any:  # fmt: skip
+        """Call a method: where it is routed, on the deployment `model`, or on one `instance`. Faults of the far side are
+        raised here. With `patience_s` a retriable KernelFault is tried again so long: for handlers that are idempotent."""
+        method, decoder = self.resolve(declared)
+        subject = self._subject(declared, method, model, instance)
+        headers = None if timeout_s == DEFAULT_TIMEOUT_S else {DEADLINE: f"{time.time() + timeout_s:.3f}"}
+        body, until, pause = encode(request), time.monotonic() + patience_s, 0.05
+        while True:
+            try:
+                msg = await self.request(subject, body, timeout_s, headers)
+                return decoder.decode(msg.data)
+            except KernelFault as fault:
+                if not fault.retriable or time.monotonic() + pause > until:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    async def stream(self, declared: Any, request: msgspec.Struct, *, model: str = "", instance: str = "",
+                     idle_s: float = DEFAULT_TIMEOUT_S) -> AsyncIterator[Any]:  # fmt: skip
+        """The frames of a streamed method, in order. At most WINDOW are in flight; leaving the loop stops the producer."""
+        method, decoder = self.resolve(declared)
+        subject = self._subject(declared, method, model, instance)
+        token, frames = self._token(), asyncio.Queue[Msg | Fault]()
+        self._waiting[token] = (subject, frames)
+        count, credit = 0, ""
+        try:
+            await self._client.publish(subject, encode(request), reply=f"{self._inbox}.{token}")
+            while True:
+                try:
+                    msg = await asyncio.wait_for(frames.get(), idle_s)
+                except TimeoutError:
+                    raise KernelFault("timeout", f"no frame on {subject} within {idle_s:g} s", retriable=True) from None
+                if isinstance(msg, Fault):
+                    raise msg
+                _raise_if_fault(msg, subject)
+                if msg.headers and LAST in msg.headers:
+                    credit = ""
+                    return
+                count, credit = count + 1, msg.reply
+                yield decoder.decode(msg.data)
+                if credit and count % (WINDOW // 2) == 0:
+                    await self._client.publish(credit, str(count).encode())
+        finally:
+            self._waiting.pop(token, None)
+            if credit:
+                await self._client.publish(credit, b"cancel")
+
+    async def dispatch(self, method: Method, work: Dispatch, instance: str, timeout_s: float = 10.0) -> None:
+        """Hand a job to an instance; it answers as soon as it has accepted. Faults: "busy", "invalid", "no_responders"."""
+        await self.request(f"inst.{instance}.{method.tail(self.user)}", encode(work), timeout_s)
+
+    # ---- serving ----
+
+    async def serve(self, handlers: dict[str, tuple[Method, Callable[..., Any]]], *, pool: str, instance: str,
+                    models: tuple[str, ...] = (), make_call: Callable[..., Any] | None = None) -> "Served":  # fmt: skip
+        """Answer for `handlers` ("<contract>.v<major>.<method>" -> method and coroutine function) in the queue group of the
+        pool and on the instance's own subjects. The token of the caller comes from the subject, which the broker guards."""
+        served = Served(self, handlers, models, make_call)
+        served.subscriptions = [await self._subscribe(f"impl.{pool}.>", served.on_message, pool),
+                                await self._subscribe(f"inst.{instance}.>", served.on_message)]  # fmt: skip
+        return served
+
+    async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]], queue: str = "") -> Any:
+        self._denied.pop(subject, None)
+        subscription = await self._client.subscribe(subject, queue=queue, cb=callback)
+        await self._client.flush()  # a denial comes back before the answer to the flush's ping
+        if subject in self._denied:
+            raise ClientFault("permission_denied", f"{self.user!r} may not subscribe to {subject!r}")
+        return subscription
+
+    async def subscribe(self, subject: str, callback: Callable[[str, bytes, str], Awaitable[bytes | None]], queue: str = "") -> Any:
+        """Raw: `callback(subject, body, reply subject)` for each message; what it returns is the answer."""
+
+        async def on_message(msg: Msg) -> None:
+            answer = await callback(msg.subject, msg.data, msg.reply)
+            if answer is not None and msg.reply:
+                await self._client.publish(msg.reply, answer)
+
+        return await self._subscribe(subject, on_message, queue)
+
+    # ---- events and records ----
+
+    async def publish(self, event: Event, patience_s: float = 30.0) -> int:
+        """Publish a fact and wait until it is on disk; its sequence in the stream. A publish that timed out may have been
+        stored, so it is repeated under the same id, which the stream deduplicates."""
+        async with self._publishing:  # keeps the source's sequence free of gaps and in order
+            subject, body, headers = envelope(event, self.user, self.boot, self._sequence + 1)
+            sequence = await self.append(subject, body, headers, patience_s)
+            self._sequence += 1
+        return sequence
+
+    async def append(self, subject: str, body: bytes, headers: dict[str, str] | None = None, patience_s: float = 0.0) -> int:
+        """Store a message in the stream that holds `subject`; its sequence. KernelFault "conflict" when an expected
+        sequence in the headers is not the last one."""
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                answer = msgspec.json.decode((await self.request(subject, body, 5.0, headers)).data)
+                break
+            except KernelFault as fault:
+                if not fault.retriable or time.monotonic() > until:
+                    raise
+            await asyncio.sleep(0.2)
+        if error := answer.get("error"):
+            if error.get("err_code") in (10071, 10164):  # wrong last sequence
+                raise ClientFault("conflict", f"{subject}: another writer was first", "read it again and retry", retriable=True)
+            raise KernelFault("storage", f"{subject}: {error.get('description')}", "is the broker's disk full?", retriable=True)
+        return int(answer["seq"])
+
+    async def follow(self, handler: Callable[[Received], Awaitable[None]], pattern: str = "evt.>") -> Any:
+        """Live events that match `pattern`, in order; stop with `.unsubscribe()` on what is returned."""
+
+        async def on_message(msg: Msg) -> None:
+            await handler(received(msg.subject, msg.data, msg.headers))
+
+        return await self._subscribe(pattern, on_message)
+
+    async def read(self, stream: str, pattern: str = "", first: int = 1, batch: int = 500
+                   ) -> AsyncIterator[tuple[int, str, bytes, dict[str, str]]]:  # fmt: skip
+        """(sequence, subject, body, headers) of all messages stored in `stream` from `first` on, to its present end."""
+        while True:
+            query = encode({"seq": first, "batch": batch, "next_by_subj": pattern or ">"})
+            token, replies = self._token(), asyncio.Queue[Msg | Fault]()
+            subject = f"$JS.API.DIRECT.GET.{stream}"
+            self._waiting[token] = (subject, replies)
+            pending = 0
+            try:
+                await self._client.publish(subject, query, reply=f"{self._inbox}.{token}")
+                while True:
+                    msg = await asyncio.wait_for(replies.get(), 5.0)
+                    if isinstance(msg, Fault):
+                        raise msg
+                    headers = dict(msg.headers or {})
+                    if status := headers.get("Status"):
+                        if status == "404":  # none from `first` on
+                            return
+                        if status != "204":
+                            raise KernelFault("storage", f"{stream}: {status} {headers.get('Description', '')}", retriable=True)
+                        pending = int(headers.get("Nats-Num-Pending", 0))
+                        break
+                    first = int(headers["Nats-Sequence"]) + 1
+                    yield first - 1, headers["Nats-Subject"], msg.data, headers
+            except TimeoutError:
+                raise KernelFault("timeout", f"no answer of stream {stream}", "is the broker up?", retriable=True) from None
+            finally:
+                self._waiting.pop(token, None)
+            if pending == 0:
+                return
+
+    def bucket(self, name: str, kind: type[T]) -> "Bucket[T]":
+        """The records of type `kind` in KV bucket `name`."""
+        return Bucket(self, name, kind)
+
+    async def ensure_stream(self, name: str, subjects: list[str], **config: Any) -> None:
+        """Create the stream, or update it if it exists with other settings. Only the kernel may."""
+        body = {"name": name, "subjects": subjects, "storage": "file", "retention": "limits", "num_replicas": 1,
+                "allow_direct": True, "max_consumers": -1, "max_msgs": -1, "max_age": 0, "discard": "old", **config}  # fmt: skip
+        for verb in ("CREATE", "UPDATE"):
+            answer = msgspec.json.decode((await self.request(f"$JS.API.STREAM.{verb}.{name}", encode(body), 10.0)).data)
+            if "error" not in answer:
+                return
+        raise KernelFault("storage", f"stream {name}: {answer['error'].get('description')}", "is the disk full?")
+
+
+class Bucket(Generic[T]):
+    """Typed records under keys, all writes compare-and-set. Keys are `[a-z0-9.-]+`."""
+
+    def __init__(self, bus: Bus, name: str, kind: type[T]) -> None:
+        self._bus, self._name, self._decoder = bus, name, msgspec.json.Decoder(kind)
+
+    async def get(self, key: str) -> tuple[T | None, int]:
+        """The record and its revision; (None, revision to expect for a new one) where there is none."""
+        msg = await self._bus.request(f"$JS.API.DIRECT.GET.KV_{self._name}.$KV.{self._name}.{key}", b"", 5.0)
+        headers = msg.headers or {}
+        if headers.get("Status") == "404":
+            return None, 0
+        revision = int(headers["Nats-Sequence"])
+        return (None, revision) if _deleted(headers) else (self._decoder.decode(msg.data), revision)
+
+    async def put(self, key: str, record: T, revision: int, ttl_s: int = 0, patience_s: float = 0.0) -> int:
+        """Write if `revision` is still the last one (0: there must be none; -1: whatever it is); the new revision."""
+        headers = {} if revision < 0 else {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        if ttl_s:
+            headers["Nats-TTL"] = str(ttl_s)
+        return await self._bus.append(f"$KV.{self._name}.{key}", encode(record), headers, patience_s)
+
+    async def delete(self, key: str, revision: int = -1) -> None:
+        headers = {"KV-Operation": "DEL"}
+        if revision >= 0:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(revision)
+        await self._bus.append(f"$KV.{self._name}.{key}", b"", headers)
+
+    async def all(self, prefix: str = "") -> dict[str, tuple[T, int]]:
+        """Every record, with its revision, whose key is `prefix` or begins with it and a dot."""
+        start = len(f"$KV.{self._name}.")
+        pattern = f"$KV.{self._name}." + (f"{prefix}.>" if prefix else ">")
+        found: dict[str, tuple[T, int]] = {}
+        async for sequence, subject, body, headers in self._bus.read(f"KV_{self._name}", pattern):
+            key = subject[start:]
+            found.pop(key, None)
+            if not _deleted(headers):
+                found[key] = (self._decoder.decode(body), sequence)
+        return found
+
+
+class Served:
+    """What one instance serves. `fence()` ends it without losing a message."""
+
+    def __init__(self, bus: Bus, handlers: dict[str, tuple[Method, Callable[..., Any]]], models: tuple[str, ...],
+                 make_call: Callable[..., Any] | None) -> None:  # fmt: skip
+        from kernelm_sdk.plugin import Call
+
+        self.subscriptions: list[Any] = []
+        self.answered = self.failed = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._bus, self._models, self._make_call = bus, models, make_call or Call
+        self._handlers: dict[tuple[str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
+        for key, (method, handler) in handlers.items():
+            entry = (method, handler, msgspec.json.Decoder(Dispatch if method.kind == "job" else method.request))
+            contract, _, name = key.rpartition(".")
+            self._handlers[(contract, name)] = entry
+            if method.scope == "model":
+                self._handlers[("model", name)] = entry
+
+    async def on_message(self, msg: Msg) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(msg))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _answer(self, msg: Msg) -> None:
+        try:
+            _, _, contract, version, name, caller = msg.subject.split(".")
+            model = version if contract == "model" else ""
+            entry = self._handlers.get(("model", name) if model else (f"{contract}.{version}", name))
+            if entry is None:
+                raise ClientFault("unsupported_method", f"{msg.subject}: not served here")
+            if model and model not in self._models:
+                raise ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
+            method, handler, decoder = entry
+            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and float(deadline) < time.time():
+                raise KernelFault("timeout", f"{name}: the caller's deadline has passed", retriable=True)
+            try:
+                request = decoder.decode(msg.data)
+            except msgspec.DecodeError as error:
+                raise invalid(f"{name}: the request", error) from None
+            call = self._make_call(caller, model, msg.headers)
+            if method.kind == "streamed":
+                await self._stream(msg, handler(request, call))
+            else:
+                reply = await handler(request, call)
+                if msg.reply:
+                    await self._bus._client.publish(msg.reply, encode(reply))
+            self.answered += 1
+        except Exception as error:
+            self.failed += 1
+            await self._refuse(msg, error)
+
+    async def _refuse(self, msg: Msg, error: Exception) -> None:
+        if not isinstance(error, Fault):  # a bug: its text stays here, since it may hold what callers must not see
+            log.exception("%s failed", msg.subject, exc_info=error)
+            error = PluginFault("internal", f"the handler of {msg.subject.split('.')[-2]} failed with {type(error).__name__}",
+                                "see the log of the instance")  # fmt: skip
+        if msg.reply:
+            line = error.message.splitlines()[0][:200] if error.message else error.code
+            headers = {ERROR: line.encode("ascii", "replace").decode(), ERROR_CODE: str(error.http_status)}
+            await self._bus._client.publish(msg.reply, encode(error.body()), headers=headers)
+
+    async def _stream(self, msg: Msg, frames: AsyncIterator[Any]) -> None:
+        """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work."""
+        bus, token = self._bus, self._bus._token()
+        credits: asyncio.Queue[Msg | Fault] = asyncio.Queue()
+        bus._waiting[token] = (msg.reply, credits)
+        sent = acknowledged = 0
+        try:
+            async for frame in frames:
+                await bus._client.publish(msg.reply, encode(frame), reply=f"{bus._inbox}.{token}")
+                sent += 1
+                while not credits.empty() or sent - acknowledged >= WINDOW:
+                    answer = await asyncio.wait_for(credits.get(), 60.0)
+                    if isinstance(answer, Fault) or answer.data == b"cancel" or (answer.headers or {}).get("Status") == "503":
+                        return
+                    acknowledged = int(answer.data)
+            await bus._client.publish(msg.reply, b"", headers={LAST: str(sent)})
+        finally:
+            bus._waiting.pop(token, None)
+            if (close := getattr(frames, "aclose", None)) is not None:
+                await close()
+
+    async def fence(self, deadline_s: float = 30.0, keep_instance: bool = False) -> bool:
+        """Unsubscribe at the broker, flush, and let what was delivered be answered. nats-py's own drain loses messages.
+        With `keep_instance` the instance's own subjects stay open (drain). True if all was answered in time."""
+        client = self._bus._client
+        subscriptions = self.subscriptions[:1] if keep_instance else list(self.subscriptions)
+        for subscription in subscriptions:
+            await client._send_unsubscribe(subscription._id)  # the broker stops; the local queue is kept
+        await client.flush()
+        until = time.monotonic() + deadline_s
+        while any(s.pending_msgs for s in subscriptions) or self.tasks:
+            if time.monotonic() > until:
+                break
+            await asyncio.wait(list(self.tasks) or [asyncio.create_task(asyncio.sleep(0.001))], timeout=0.05)
+        whole = not self.tasks
+        for subscription in subscriptions:
+            await subscription.unsubscribe()
+            self.subscriptions.remove(subscription)
+        return whole
+
+
+def handlers_of(implementation: Any, *contracts: str) -> dict[str, tuple[Method, Callable[..., Any]]]:
+    """The handlers of an object that implements whole contracts (a service), for `Bus.serve`."""
+    return {f"{c.name}.v{c.major}.{m.name}": (m, getattr(implementation, m.attribute))
+            for c in map(CONTRACTS.__getitem__, contracts) for m in c.methods.values()}  # fmt: skip
+
+
+def _deleted(headers: dict[str, str]) -> bool:
+    return headers.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in headers
+
+
+def _raise_if_fault(msg: Msg, subject: str) -> None:
+    if not msg.headers:
+        return
+    if msg.headers.get("Status") == "503":
+        raise KernelFault("no_responders", f"nobody answers on {subject}", "is the plugin running, is the name right?",
+                          retriable=True)  # fmt: skip
+    if ERROR_CODE in msg.headers:
+        try:
+            raise from_body(msgspec.json.decode(msg.data, type=FaultBody))
+        except msgspec.DecodeError:
+            raise PluginFault("internal", f"{subject}: {msg.headers.get(ERROR, 'failed')}") from None
+
+
+def _of_nats(error: Exception, subject: str) -> Fault:
+    if isinstance(error, nats.errors.MaxPayloadError):
+        return ClientFault("too_large", f"{subject}: the message is larger than the broker's limit",
+                           "send a reference to an artifact instead")  # fmt: skip
+    return KernelFault("disconnected", f"{subject}: {error}", "is the broker up?", retriable=True)

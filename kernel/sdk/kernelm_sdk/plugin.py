@@ -1,0 +1,222 @@
+"""What a plugin author uses: `Manifest`, `Plugin`, `Context`, `Call` and `Job`. There are no globals."""
+
+import asyncio
+import importlib.util
+import logging
+import tomllib
+from collections.abc import Callable, Coroutine
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+
+from kernelm_sdk.contract import Contract
+from kernelm_sdk.errors import ClientFault, PluginFault
+from kernelm_sdk.events import Event
+from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Progress, PutArtifact, Resources
+
+if TYPE_CHECKING:
+    from kernelm_sdk.bus import Bus
+
+T = TypeVar("T")
+Req = TypeVar("Req", bound=msgspec.Struct)
+Rep = TypeVar("Rep")
+
+MANIFEST = "kernelm-plugin.toml"
+GROUP = "kernelm.plugins"
+
+
+class Restart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens when an instance ends: after `intensity` failures within `period_s` its pool is quarantined."""
+
+    type: Literal["permanent", "transient", "temporary"] = "permanent"  # always; only after a failure; never
+    intensity: int = 5
+    period_s: float = 60.0
+    backoff_s: float = 0.2  # before the first restart; doubles up to `backoff_max_s`
+    backoff_max_s: float = 10.0
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`kernelm-plugin.toml`: all that is known of a plugin without running its code."""
+
+    name: str
+    version: str
+    summary: str
+    contracts: tuple[str, ...]  # "name/major"
+    entry: str  # "module:Class"
+    runtimes: tuple[str, ...] = ("process",)  # in order of preference
+    each_node: bool = False  # one instance a node (a worker) instead of one in all
+    default: bool = True  # started by `kernelm up`; False for plugins that only run when a pool asks for them
+    calls: tuple[str, ...] = ()  # "contract/major.method" it may call, "contract/major" for all of them
+    max_jobs: int = 1  # jobs at once in one instance
+    needs: Resources = Resources(cpu=0.0, memory_mb=256)  # of an idle instance; a job brings its own request
+    network: bool = False
+    restart: Restart = Restart()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in the file `path`; ClientFault that names the file and the field if it is not valid."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), Manifest)
+    except (OSError, ValueError, msgspec.ValidationError) as error:
+        raise ClientFault("invalid_manifest", f"{path}: {error}", "see kernel/PROTOCOL.md, 'The manifest'") from None
+
+
+def find_manifests() -> tuple[dict[str, Manifest], dict[str, str]]:
+    """Installed plugins by name, and why a broken one was left out. No plugin code is run: entry points name a package,
+    and the manifest lies in its folder (an own loop, since pluggy's stops at the first broken plugin)."""
+    good: dict[str, Manifest] = {}
+    broken: dict[str, str] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            manifest = read_manifest(_folder(point) / MANIFEST)
+            if manifest.name != point.name:
+                raise ClientFault("invalid_manifest", f"{point.value}: entry point {point.name!r}, manifest {manifest.name!r}")
+            good[manifest.name] = manifest
+        except Exception as error:  # whatever is wrong with a stranger's package must not stop the others
+            broken[point.name] = str(error)
+    return good, broken
+
+
+def _folder(point: EntryPoint) -> Path:
+    spec = importlib.util.find_spec(point.value)  # a top-level package: found without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise ClientFault("invalid_manifest", f"entry point {point.name} = {point.value!r} names no package")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+class NoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings of a plugin that has none."""
+
+
+class Call:
+    """One call, as its handler sees it. `caller` was fixed by the caller's JWT; no header can change it."""
+
+    def __init__(self, caller: str, model: str = "", headers: dict[str, str] | None = None) -> None:
+        self.caller, self.model, self.headers = caller, model, headers or {}
+
+
+class JobCancelled(Exception):
+    """The job was cancelled or has another owner: stop working, store nothing more."""
+
+
+class Job(Call):
+    """One job in the hands of this instance. Its methods may be called from a worker thread where it says so."""
+
+    def __init__(self, context: "Context", caller: str, id: str, epoch: int, attempt: int = 1, checkpoint: str = "",
+                 run: str = "", name: str = "") -> None:  # fmt: skip
+        super().__init__(caller)
+        self.context, self.id, self.epoch, self.attempt = context, id, epoch, attempt
+        self.checkpoint, self.run_id, self.name = checkpoint, run, name  # digest of the last checkpoint, "" for none
+        self.scratch = context.scratch / f"{id}-{epoch}"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.cancelled = ""  # the reason, once it is
+        self.latest = Progress()
+        self.report: Callable[[str], Coroutine[Any, Any, None]] | None = None  # set by the runner: writes a checkpoint
+        self.changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def progress(self, fraction: float, phase: str = "", message: str = "", *, deadline_s: float = 600.0,
+                 **metrics: float) -> None:  # fmt: skip
+        """Say how far it got (0 to 1). Cheap, from any thread; raises JobCancelled if the work is no longer wanted."""
+        self.raise_if_cancelled()
+        self.latest = Progress(round(min(max(fraction, 0.0), 1.0), 4), phase, message, metrics, deadline_s)
+        self._loop.call_soon_threadsafe(self.changed.set)
+
+    def raise_if_cancelled(self) -> None:
+        """From any thread."""
+        if self.cancelled:
+            raise JobCancelled(self.cancelled)
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Run blocking work beside the event loop, which goes on renewing the lease."""
+        return await asyncio.to_thread(function, *args)
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """From a worker thread: the result of a coroutine of this context, e.g. `job.wait(job.context.store(...))`."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def save(self, folder: Path, **metadata: Any) -> str:
+        """Store `folder` as a checkpoint and make it the one to resume from; its digest. ClientFault "stale_epoch" if
+        the job has another owner by now: then nothing was changed."""
+        self.raise_if_cancelled()
+        digest = await self.context.store(folder, "checkpoint", metadata=metadata, job=self.id)
+        if self.report is not None:
+            await self.report(digest)
+        self.checkpoint = digest
+        return digest
+
+
+class Context:
+    """What a plugin has of the system: calls, events, artifacts, a scratch folder, a log."""
+
+    def __init__(self, bus: "Bus", instance: str, pool: str, manifest: Manifest, scratch: Path) -> None:
+        self.bus, self.instance, self.pool, self.manifest, self.scratch = bus, instance, pool, manifest, scratch
+        self.log = logging.getLogger(manifest.name)
+
+    async def call(self, declared: Callable[[Any, Req, Any], Coroutine[Any, Any, Rep]], request: Req, *, model: str = "",
+                   timeout_s: float = 30.0) -> Rep:  # fmt: skip
+        """Call a contract's method (`Jobs.submit`) wherever it is routed, or a model's."""
+        reply: Rep = await self.bus.call(declared, request, model=model, timeout_s=timeout_s)
+        return reply
+
+    async def publish(self, event: Event) -> None:
+        """Publish a fact; it is on disk when this returns."""
+        await self.bus.publish(event)
+
+    async def artifact(self, digest: str) -> Path:
+        """A read-only folder with the artifact's files, every byte verified."""
+        opened = await self.bus.call(Artifacts.open, ArtifactName(digest), timeout_s=300.0)
+        return Path(opened.path)
+
+    async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
+        """Put the files of `folder` into the store for good; their digest."""
+        request = PutArtifact(str(folder), kind, lineage, metadata or {})
+        stored: Artifact = await self.bus.call(Artifacts.put, request, timeout_s=300.0)
+        return stored.digest
+
+
+class Plugin:
+    """Base of all plugins: `class MyScheduler(Plugin, Scheduler)`. Override the contract's methods; the runner does the rest."""
+
+    Settings: ClassVar[type[msgspec.Struct]] = NoSettings
+
+    def __init__(self, context: Context, settings: Any) -> None:
+        self.context, self.settings = context, settings
+
+    async def start(self) -> None:
+        """Before the instance is ready: open, load, warm up."""
+
+    async def stop(self) -> None:
+        """After it was drained: close."""
+
+    def models(self) -> tuple[str, ...]:
+        """Names of the deployments this instance answers for, once `start` is done."""
+        return ()
+
+
+def load_plugin(manifest: Manifest, context: Context, settings: dict[str, Any], factory: Any = None) -> Plugin:
+    """Import the plugin's class (or take `factory`) and make it; PluginFault if it is none or refuses these settings."""
+    module, _, name = manifest.entry.partition(":")
+    factory = factory or getattr(importlib.import_module(module), name, None)
+    if not (isinstance(factory, type) and issubclass(factory, Plugin)):
+        raise PluginFault("invalid_entry", f"{manifest.name}: entry {manifest.entry!r} is no subclass of kernelm_sdk.plugin.Plugin")
+    try:
+        return factory(context, msgspec.convert(settings, factory.Settings))
+    except msgspec.ValidationError as error:
+        raise PluginFault("invalid_settings", f"settings of {manifest.name}: {error}", "correct the pool's settings") from None
+
+
+def implemented(plugin: Plugin, identifiers: tuple[str, ...]) -> dict[str, Any]:
+    """Subject part `<contract>.v<major>.<method>` -> bound handler, for the methods that the plugin overrides."""
+    handlers: dict[str, Any] = {}
+    declared = [c for c in type(plugin).__mro__ if issubclass(c, Contract) and "methods" in vars(c)]
+    for contract in [c for c in declared if c.id() in identifiers]:
+        for method in contract.methods.values():
+            if getattr(type(plugin), method.attribute) is not vars(contract)[method.attribute]:
+                handlers[f"{contract.name}.v{contract.major}.{method.name}"] = (method, getattr(plugin, method.attribute))
+    return handlers
+
+
+__all__ = ["Call", "Context", "Job", "JobCancelled", "Manifest", "Plugin", "Resources", "find_manifests"]

@@ -1,0 +1,283 @@
+"""Runs one member of the system, a plugin or a service, and speaks the plugin protocol for it (kernel/PROTOCOL.md).
+
+enroll -> hello -> load and start -> serve -> ready -> renew ... -> drain -> stop. Jobs are accepted at once, worked on
+in the background and reported on through `work/1`, every report with the job's epoch.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import uvloop
+
+from kernelm_sdk.bus import Bus, Credentials, Served, encode, handlers_of
+from kernelm_sdk.contract import CONTRACTS, Method
+from kernelm_sdk.enrollment import join, public_key
+from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault
+from kernelm_sdk.plugin import Context, Job, JobCancelled, Plugin, find_manifests, implemented, load_plugin
+from kernelm_sdk.system import (
+    CancelJob,
+    ContractVersion,
+    Dispatch,
+    DrainRequest,
+    Empty,
+    Hello,
+    Kernel,
+    Lifecycle,
+    Probe,
+    Ready,
+    RenewRequest,
+    Report,
+    Work,
+)
+
+log = logging.getLogger("kernelm.runner")
+ORPHAN_S = 60.0  # without a broker for so long, an instance ends itself
+REPORT_EVERY_S = 0.5
+
+
+class Member:
+    """One member on the bus. `build(welcome)` makes what answers; the rest is the same for all."""
+
+    def __init__(self, bus: Bus, name: str, plugin: str, version: str, contracts: tuple[str, ...], max_jobs: int = 1) -> None:
+        self.bus, self.name, self.plugin, self.version, self.contracts = bus, name, plugin, version, contracts
+        self.max_jobs, self.begun = max_jobs, time.time()
+        self.jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self.stopping = asyncio.Event()
+        self.implementation: Any = None
+        self.served: Served | None = None
+        self._connected_at = time.monotonic()
+
+    async def run(self, build: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+        """Live the whole life of the member; returns when it was asked to stop."""
+        offered = tuple(ContractVersion(c, CONTRACTS[c].schema_hash()) for c in self.contracts if c in CONTRACTS)
+        hello = Hello(self.name, self.plugin, self.version, offered)
+        welcome = await self.bus.call(Kernel.hello, hello, timeout_s=5.0, patience_s=60.0)
+        lease = asyncio.create_task(self._renew_lease(welcome.lease_ttl_s))
+        try:
+            self.implementation = await build(welcome.settings)
+            await self.implementation.start()
+            models = tuple(self.implementation.models()) if hasattr(self.implementation, "models") else ()
+            handlers = self._handlers(welcome.contracts) | handlers_of(self, "plugin/1")
+            self.served = await self.bus.serve(handlers, pool=welcome.pool, instance=self.name, models=models)
+            await self.bus.call(Kernel.ready, Ready(self.name, models), timeout_s=5.0, patience_s=60.0)
+            self.bus.reconnected.append(self._reconnected)
+            log.info("%s is ready in pool %s", self.name, welcome.pool)
+            await self.stopping.wait()
+            await self.served.fence(30.0)
+            for job, task in list(self.jobs.values()):
+                job.cancelled = "the instance stops"
+                task.cancel()
+            await self.implementation.stop()
+        finally:
+            lease.cancel()
+
+    def _handlers(self, contracts: tuple[str, ...]) -> dict[str, tuple[Method, Callable[..., Any]]]:
+        if not isinstance(self.implementation, Plugin):
+            return handlers_of(self.implementation, *contracts)
+        handlers = implemented(self.implementation, contracts)
+        return {k: (m, self._accept(m, h) if m.kind == "job" else h) for k, (m, h) in handlers.items()}
+
+    async def _reconnected(self) -> None:
+        self._connected_at = time.monotonic()
+
+    async def _renew_lease(self, ttl_s: int) -> None:
+        """Renew the lease every third of it, and the JWT at two thirds of its life; give up when orphaned."""
+        body = encode({"instance": self.name, "renewed": time.time()})
+        renew_at = time.time() + (self.bus.credentials.expires - time.time()) * 2 / 3
+        while True:
+            try:
+                await self.bus.append(f"$KV.leases.{self.name}", body, {"Nats-TTL": str(ttl_s)})
+                self._connected_at = time.monotonic()
+                if self.bus.credentials.expires and time.time() > renew_at:
+                    seed = self.bus.credentials.seed
+                    new = await self.bus.call(Kernel.renew, RenewRequest(public_key(seed)), timeout_s=5.0)
+                    await self.bus.renewed(Credentials(new.user, new.jwt, seed, new.expires))
+                    renew_at = time.time() + (new.expires - time.time()) * 2 / 3
+            except Fault as fault:
+                log.warning("lease: %s", fault.message)
+            if self.bus.closed or time.monotonic() - self._connected_at > ORPHAN_S:
+                log.error("shut out or without a broker for %g s: ending", ORPHAN_S)
+                os._exit(3)  # a worker thread may be busy for long; nothing of it may count any more
+            await asyncio.sleep(ttl_s / 3)
+
+    # ---- jobs ----
+
+    def _accept(self, method: Method, handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def accept(dispatch: Dispatch, call: Any) -> Empty:
+            if call.caller != "jobs":
+                raise ClientFault("permission_denied", f"{method.name} is a job: submit it with jobs/1.submit")
+            old = self.jobs.get(dispatch.job)
+            if old and old[0].epoch >= dispatch.epoch:
+                return Empty()  # handed over twice
+            if old:
+                await self._cancel(old[0], old[1], f"epoch {dispatch.epoch} has it now")
+            if len(self.jobs) >= self.max_jobs:
+                raise ClientFault("busy", f"{self.name} has {len(self.jobs)} of {self.max_jobs} jobs", retriable=True)
+            try:
+                request = msgspec.json.decode(dispatch.request, type=method.request)
+            except msgspec.DecodeError as error:
+                what = f"{method.contract.id()}.{method.name}"
+                raise ClientFault("invalid", f"{what}: {error}", "correct the stage's `with`") from None
+            job = Job(self.implementation.context, call.caller, dispatch.job, dispatch.epoch, dispatch.attempt,
+                      dispatch.checkpoint, dispatch.run, dispatch.name)  # fmt: skip
+            self.jobs[job.id] = (job, asyncio.create_task(self._work(job, handler, request)))
+            return Empty()
+
+        return accept
+
+    async def _work(self, job: Job, handler: Callable[..., Any], request: Any) -> None:
+        async def report(checkpoint: str) -> None:
+            await self._report(job, Report(job.id, job.epoch, job.latest, checkpoint))
+
+        job.report = report
+        reporter = asyncio.create_task(self._report_progress(job))
+        result: dict[str, Any] | None = None
+        fault: FaultBody | None = None
+        try:
+            result = msgspec.to_builtins(await handler(request, job))
+        except (JobCancelled, asyncio.CancelledError) as error:
+            log.info("job %s/%d was taken away: %s", job.id, job.epoch, job.cancelled or error)
+        except Fault as error:
+            fault = error.body()
+        except MemoryError:
+            fault = PluginFault("out_of_memory", f"{job.name or job.id} ran out of memory", "give the stage more memory_mb").body()
+        except Exception as error:  # a bug of the plugin: the log has the trace, the record a line
+            log.exception("job %s failed", job.id)
+            fault = PluginFault("internal", f"{type(error).__name__}: {error}", f"see the log of {self.name}").body()
+        finally:
+            reporter.cancel()
+        if job.cancelled == "" and (result is not None or fault is not None):
+            with contextlib.suppress(Fault):  # stale: somebody else has it; nothing else can be done about it here
+                await self._report(job, Report(job.id, job.epoch, None, "", result, fault))
+        if self.jobs.get(job.id, (None,))[0] is job:
+            del self.jobs[job.id]
+
+    async def _report_progress(self, job: Job) -> None:
+        while True:
+            await job.changed.wait()
+            job.changed.clear()
+            with contextlib.suppress(KernelFault):  # the next one will tell
+                await self._report(job, Report(job.id, job.epoch, job.latest), patience_s=0.0)
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _report(self, job: Job, report: Report, patience_s: float = 600.0) -> None:
+        try:
+            await self.bus.call(Work.report, report, timeout_s=10.0, patience_s=patience_s)
+        except ClientFault as fault:
+            if fault.code in ("stale_epoch", "not_found"):
+                job.cancelled = job.cancelled or fault.message
+            raise
+
+    async def _cancel(self, job: Job, task: asyncio.Task[None], reason: str) -> None:
+        job.cancelled = reason
+        done, _ = await asyncio.wait([task], timeout=5.0)  # from a thread it leaves at its next `progress`
+        if not done:
+            task.cancel()
+
+    # ---- plugin/1 ----
+
+    async def probe(self, request: Empty, call: Any) -> Probe:
+        served = self.served
+        return Probe(self.name, time.time() - self.begun, tuple(f"{j.id}/{j.epoch}" for j, _ in self.jobs.values()),
+                     len(served.tasks) if served else 0, served.answered if served else 0, served.failed if served else 0,
+                     round(psutil.Process().memory_info().rss / 2**20, 1))  # fmt: skip
+
+    async def cancel(self, request: CancelJob, call: Any) -> Empty:
+        job, task = self.jobs.get(request.job, (None, None))
+        if job is not None and task is not None and job.epoch <= request.epoch:
+            await self._cancel(job, task, request.reason or "cancelled")
+        return Empty()
+
+    async def drain(self, request: DrainRequest, call: Any) -> Probe:
+        if self.served is not None:
+            self.served.tasks.discard(asyncio.current_task())
+            await self.served.fence(request.deadline_s, keep_instance=True)
+        return await self.probe(Empty(), call)
+
+    async def stop(self, request: Empty, call: Any) -> Empty:
+        asyncio.get_running_loop().call_later(0.05, self.stopping.set)  # after this call's answer is out
+        return Empty()
+
+
+async def _connect(environment: Mapping[str, str]) -> Bus:
+    token = Path(environment["KERNELM_TOKEN_FILE"])
+    credentials = await join(environment["KERNELM_URL"], token.read_text())
+    token.unlink(missing_ok=True)
+    return await Bus.connect(environment["KERNELM_URL"], credentials)
+
+
+async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event | None = None) -> int:
+    """Run the plugin KERNELM_PLUGIN as the instance KERNELM_INSTANCE; its exit code. In a process of its own or as a
+    task of the node's (`inproc`), where `stopping` takes the place of SIGTERM."""
+    name, plugin = environment["KERNELM_INSTANCE"], environment["KERNELM_PLUGIN"]
+    manifests, broken = find_manifests()
+    if plugin not in manifests:
+        raise PluginFault("not_installed", f"plugin {plugin!r} is not installed: {broken.get(plugin, 'no such entry point')}")
+    manifest = manifests[plugin]
+    scratch = Path(environment["KERNELM_SCRATCH"])
+    scratch.mkdir(parents=True, exist_ok=True)
+    bus = await _connect(environment)
+    try:
+        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch)
+        __import__(manifest.entry.partition(":")[0])  # declares its contracts
+        member = Member(bus, name, plugin, manifest.version, manifest.contracts, manifest.max_jobs)
+        if stopping is not None:
+            member.stopping = stopping
+
+        async def build(settings: dict[str, Any]) -> Plugin:
+            return load_plugin(manifest, context, settings)
+
+        _stop_on_signals(member.stopping, stopping is None)
+        await member.run(build)
+    finally:
+        await bus.close()
+    return 0
+
+
+def run_service(name: str, contracts: tuple[str, ...], factory: Callable[[Bus, Path], Any]) -> None:
+    """The whole main program of a service: `factory(bus, home)` makes what implements `contracts`, with `start` and
+    `stop`. Exits 0 when asked to stop, 1 with the fault on stderr when it can't go on."""
+
+    async def main() -> int:
+        bus = await _connect(os.environ)
+        member = Member(bus, bus.user, name, "", contracts)
+
+        async def build(settings: dict[str, Any]) -> Any:
+            return factory(bus, Path(os.environ["KERNELM_HOME"]))
+
+        _stop_on_signals(member.stopping, True)
+        await member.run(build)
+        await bus.close()
+        return 0
+
+    sys.exit(_main(main))
+
+
+def _stop_on_signals(stopping: asyncio.Event, wanted: bool) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT) if wanted else ():
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+
+
+def _main(main: Callable[[], Any]) -> int:
+    logging.basicConfig(level=os.environ.get("KERNELM_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return int(uvloop.run(main()))
+    except Fault as fault:
+        print(fault, file=sys.stderr)
+        return 1
+
+
+__all__ = ["Lifecycle", "Member", "run_instance", "run_service"]
+
+if __name__ == "__main__":
+    sys.exit(_main(lambda: run_instance(os.environ)))
