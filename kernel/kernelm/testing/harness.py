@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -46,9 +46,11 @@ async def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str
 
 
 class System:
-    """One system in a temporary home. `kernel=False` leaves the kernel to the test."""
+    """One system in a temporary home. The kernel runs "inline" (in this process, with the test's manifests and no default
+    pools) or as a "process" of its own, with what is installed."""
 
-    def __init__(self, home: Path | None = None, *, kernel: bool = True, manifests: dict[str, Manifest] | None = None) -> None:
+    def __init__(self, home: Path | None = None, *, kernel: Literal["inline", "process"] = "inline",
+                 manifests: dict[str, Manifest] | None = None) -> None:  # fmt: skip
         self._temporary = home is None
         self.home = home or Path(tempfile.mkdtemp(prefix="kernelm-"))
         self.authority = init_home(self.home)
@@ -56,7 +58,7 @@ class System:
         self.kernel: KernelService | None = None
         self.admin: Bus
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._want_kernel, self._manifests = kernel, manifests or {}
+        self._how, self._manifests = kernel, manifests or {}
         self._buses: list[Bus] = []
         self._members: list[tuple[Member, asyncio.Task[None]]] = []
 
@@ -64,10 +66,20 @@ class System:
         self.broker.write_config()
         self.start_broker()
         await until(self._answers, 10, "the broker")
-        if self._want_kernel:
+        if self._how == "inline":
             await self.start_kernel()
-        self.admin = await self.track(Bus.connect(self.broker.url, admin(self.home)))
+        else:
+            self._spawn("kernelm", "kernelm")
+        await until(self._admitted, 20, "the kernel")
         return self
+
+    async def _admitted(self) -> bool:
+        try:
+            self.admin = await Bus.connect(self.broker.url, admin(self.home))
+        except Fault:  # the account comes with the kernel's first push
+            return False
+        self._buses.append(self.admin)
+        return bool(await self.state())
 
     def start_broker(self) -> None:
         self.processes["broker"] = subprocess.Popen(self.broker.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -132,14 +144,16 @@ class System:
         token = self.home / "run" / "tokens" / identity
         token.parent.mkdir(parents=True, exist_ok=True)
         token.write_text(self.authority.token(identity))
-        env = {**os.environ, "KERNELM_URL": self.broker.url, "KERNELM_HOME": str(self.home), "KERNELM_TOKEN_FILE": str(token)}
-        env |= environment
-        (self.home / "logs").mkdir(exist_ok=True)
-        with (self.home / "logs" / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen([sys.executable, "-m", f"kernelm_{name}"], env=env, stdout=log, stderr=log)
         since = time.time()
+        self._spawn(name, f"kernelm_{name}", KERNELM_TOKEN_FILE=str(token), **environment)
         await self.ready(identity, 30, since)
         return self.processes[name]
+
+    def _spawn(self, name: str, module: str, **environment: str) -> None:
+        env = {**os.environ, "KERNELM_URL": self.broker.url, "KERNELM_HOME": str(self.home), **environment}
+        (self.home / "logs").mkdir(exist_ok=True)
+        with (self.home / "logs" / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen([sys.executable, "-m", module], env=env, stdout=log, stderr=log)
 
     async def state(self) -> SystemState:
         state: SystemState = await self.admin.call(Kernel.state, Empty(), timeout_s=5.0, patience_s=10.0)

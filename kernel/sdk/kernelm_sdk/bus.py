@@ -21,7 +21,7 @@ import nats
 import nkeys
 from nats.aio.msg import Msg
 
-from kernelm_sdk.contract import CONTRACTS, Method, method_of
+from kernelm_sdk.contract import CONTRACTS, TOKEN, Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body, invalid
 from kernelm_sdk.events import Event, Received, envelope, received
 from kernelm_sdk.system import Dispatch
@@ -78,6 +78,7 @@ class Bus:
         try:
             await asyncio.wait_for(bus._client.connect(
                 url, name=bus.user, user_jwt_cb=bus._jwt, signature_cb=bus._sign, inbox_prefix=bus._inbox, tls=tls,
+                skip_subject_validation=True,  # subjects are made of checked tokens: see `_subject`
                 max_reconnect_attempts=-1, reconnect_time_wait=0.1, ping_interval=1, max_outstanding_pings=3,
                 error_cb=on_error, disconnected_cb=bus._on_disconnect, reconnected_cb=bus._on_reconnect,
             ), timeout_s)  # fmt: skip
@@ -202,6 +203,9 @@ class Bus:
         key = (declared, model, instance)
         subject = self._subjects.get(key)
         if subject is None:
+            for name in filter(None, (model, instance)):
+                if not TOKEN.match(name):
+                    raise ClientFault("unknown_model" if model else "invalid", f"{name!r} is no name", "names are of a-z, 0-9 and '-'")
             subject = f"inst.{instance}.{method.tail(self.user, model)}" if instance else method.subject(self.user, model)
             self._subjects[key] = subject
         return subject
@@ -272,10 +276,16 @@ class Bus:
     async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]], queue: str = "") -> Any:
         self._denied.pop(subject, None)
         subscription = await self._client.subscribe(subject, queue=queue, cb=callback)
-        await self._client.flush()  # a denial comes back before the answer to the flush's ping
+        await self._barrier()  # a denial comes back before its answer
         if subject in self._denied:
             raise ClientFault("permission_denied", f"{self.user!r} may not subscribe to {subject!r}")
         return subscription
+
+    async def _barrier(self) -> None:
+        """All that was sent before has reached the broker. nats-py's flush writes its ping past the commands that wait in
+        its buffer, so one flush proves nothing; the second one's ping follows them."""
+        await self._client.flush()
+        await self._client.flush()
 
     async def subscribe(self, subject: str, callback: Callable[[str, bytes, str], Awaitable[bytes | None]], queue: str = "") -> Any:
         """Raw: `callback(subject, body, reply subject)` for each message; what it returns is the answer."""
@@ -502,7 +512,7 @@ class Served:
         subscriptions = self.subscriptions[:1] if keep_instance else list(self.subscriptions)
         for subscription in subscriptions:
             await client._send_unsubscribe(subscription._id)  # the broker stops; the local queue is kept
-        await client.flush()
+        await self._bus._barrier()
         until = time.monotonic() + deadline_s
         while any(s.pending_msgs for s in subscriptions) or self.tasks:
             if time.monotonic() > until:

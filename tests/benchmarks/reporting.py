@@ -1,0 +1,42 @@
+"""What every benchmark shares: conditions, progress, and the one line of JSON at the end (see README.md)."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def conditions(*packages: str, **more: Any) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    with Path("/proc/cpuinfo").open() as file:
+        model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor())
+    return {"processor": model, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "python": platform.python_version(),
+            **{p: version(p) for p in packages}, **more}  # fmt: skip
+
+
+def finish(name: str, goals: dict[str, float], where: dict[str, Any], **details: Any) -> None:
+    """Print the result as the last line, and write it to build/bench/NAME.json."""
+    result = {"bench": name, "goals": {k: round(v, 4) for k, v in goals.items()}, "conditions": where, **details}
+    path = ROOT / "build" / "bench" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def quantile(values: list[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
