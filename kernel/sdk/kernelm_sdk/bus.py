@@ -14,25 +14,23 @@ import secrets
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import nats
 import nkeys
 from nats.aio.msg import Msg
 
-from kernelm_sdk.contract import CONTRACTS, TOKEN, Method, method_of
-from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body, invalid
+from kernelm_sdk.contract import TOKEN, Method, method_of
+from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body
 from kernelm_sdk.events import Event, Received, envelope, received
+from kernelm_sdk.records import Bucket
+from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, WINDOW, Served, encode, handlers_of
 from kernelm_sdk.system import Dispatch
 
 T = TypeVar("T", bound=msgspec.Struct)
-ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"  # ADR-32, so that the stock tool shows faults
-DEADLINE, LAST = "Kernelm-Deadline", "Kernelm-Last"
 DEFAULT_TIMEOUT_S = 30.0
-WINDOW = 64  # frames of a stream in flight; the consumer grants more at every half
 log = logging.getLogger("kernelm.bus")
-encode = msgspec.json.Encoder().encode
 
 
 class Credentials(msgspec.Struct):
@@ -47,7 +45,6 @@ class Credentials(msgspec.Struct):
 
 class Bus:
     """One connection of one identity. Make it with `await Bus.connect(...)`, end it with `await bus.close()`."""
-
     def __init__(self, credentials: Credentials) -> None:
         self.credentials, self.user = credentials, credentials.user
         self.boot = secrets.token_hex(16)  # events are numbered per source and boot; 128 bits, for it names the inbox too
@@ -63,7 +60,6 @@ class Bus:
         self._denied: dict[str, str] = {}
 
     # ---- connection ----
-
     @classmethod
     async def connect(cls, url: str, credentials: Credentials, *, tls: ssl.SSLContext | None = None,
                       timeout_s: float = 10.0) -> "Bus":  # fmt: skip
@@ -205,7 +201,7 @@ class Bus:
         if subject is None:
             for name in filter(None, (model, instance)):
                 if not TOKEN.match(name):
-                    raise ClientFault("unknown_model" if model else "invalid", f"{name!r} is no name", "names are of a-z, 0-9 and '-'")
+                    raise ClientFault("unknown_model" if model else "invalid", f"{name!r} is no name", "use a-z, 0-9 and '-'")
             subject = f"inst.{instance}.{method.tail(self.user, model)}" if instance else method.subject(self.user, model)
             self._subjects[key] = subject
         return subject
@@ -263,9 +259,8 @@ class Bus:
         await self.request(f"inst.{instance}.{method.tail(self.user)}", encode(work), timeout_s)
 
     # ---- serving ----
-
     async def serve(self, handlers: dict[str, tuple[Method, Callable[..., Any]]], *, pool: str, instance: str,
-                    models: tuple[str, ...] = (), make_call: Callable[..., Any] | None = None) -> "Served":  # fmt: skip
+                    models: tuple[str, ...] = (), make_call: Callable[..., Any] | None = None) -> Served:  # fmt: skip
         """Answer for `handlers` ("<contract>.v<major>.<method>" -> method and coroutine function) in the queue group of the
         pool and on the instance's own subjects. The token of the caller comes from the subject, which the broker guards."""
         served = Served(self, handlers, models, make_call)
@@ -298,7 +293,6 @@ class Bus:
         return await self._subscribe(subject, on_message, queue)
 
     # ---- events and records ----
-
     async def publish(self, event: Event, patience_s: float = 30.0) -> int:
         """Publish a fact and wait until it is on disk; its sequence in the stream. A publish that timed out may have been
         stored, so it is repeated under the same id, which the stream deduplicates."""
@@ -366,7 +360,7 @@ class Bus:
             if pending == 0:
                 return
 
-    def bucket(self, name: str, kind: type[T]) -> "Bucket[T]":
+    def bucket(self, name: str, kind: type[T]) -> Bucket[T]:
         """The records of type `kind` in KV bucket `name`."""
         return Bucket(self, name, kind)
 
@@ -379,160 +373,6 @@ class Bus:
             if "error" not in answer:
                 return
         raise KernelFault("storage", f"stream {name}: {answer['error'].get('description')}", "is the disk full?")
-
-
-class Bucket(Generic[T]):
-    """Typed records under keys, all writes compare-and-set. Keys are `[a-z0-9.-]+`."""
-
-    def __init__(self, bus: Bus, name: str, kind: type[T]) -> None:
-        self._bus, self._name, self._decoder = bus, name, msgspec.json.Decoder(kind)
-
-    async def get(self, key: str) -> tuple[T | None, int]:
-        """The record and its revision; (None, revision to expect for a new one) where there is none."""
-        msg = await self._bus.request(f"$JS.API.DIRECT.GET.KV_{self._name}.$KV.{self._name}.{key}", b"", 5.0)
-        headers = msg.headers or {}
-        if headers.get("Status") == "404":
-            return None, 0
-        revision = int(headers["Nats-Sequence"])
-        return (None, revision) if _deleted(headers) else (self._decoder.decode(msg.data), revision)
-
-    async def put(self, key: str, record: T, revision: int, ttl_s: int = 0, patience_s: float = 0.0) -> int:
-        """Write if `revision` is still the last one (0: there must be none; -1: whatever it is); the new revision."""
-        headers = {} if revision < 0 else {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        if ttl_s:
-            headers["Nats-TTL"] = str(ttl_s)
-        return await self._bus.append(f"$KV.{self._name}.{key}", encode(record), headers, patience_s)
-
-    async def delete(self, key: str, revision: int = -1) -> None:
-        headers = {"KV-Operation": "DEL"}
-        if revision >= 0:
-            headers["Nats-Expected-Last-Subject-Sequence"] = str(revision)
-        await self._bus.append(f"$KV.{self._name}.{key}", b"", headers)
-
-    async def all(self, prefix: str = "") -> dict[str, tuple[T, int]]:
-        """Every record, with its revision, whose key is `prefix` or begins with it and a dot."""
-        start = len(f"$KV.{self._name}.")
-        pattern = f"$KV.{self._name}." + (f"{prefix}.>" if prefix else ">")
-        found: dict[str, tuple[T, int]] = {}
-        async for sequence, subject, body, headers in self._bus.read(f"KV_{self._name}", pattern):
-            key = subject[start:]
-            found.pop(key, None)
-            if not _deleted(headers):
-                found[key] = (self._decoder.decode(body), sequence)
-        return found
-
-
-class Served:
-    """What one instance serves. `fence()` ends it without losing a message."""
-
-    def __init__(self, bus: Bus, handlers: dict[str, tuple[Method, Callable[..., Any]]], models: tuple[str, ...],
-                 make_call: Callable[..., Any] | None) -> None:  # fmt: skip
-        from kernelm_sdk.plugin import Call
-
-        self.subscriptions: list[Any] = []
-        self.answered = self.failed = 0
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._bus, self._models, self._make_call = bus, models, make_call or Call
-        self._handlers: dict[tuple[str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
-        for key, (method, handler) in handlers.items():
-            entry = (method, handler, msgspec.json.Decoder(Dispatch if method.kind == "job" else method.request))
-            contract, _, name = key.rpartition(".")
-            self._handlers[(contract, name)] = entry
-            if method.scope == "model":
-                self._handlers[("model", name)] = entry
-
-    async def on_message(self, msg: Msg) -> None:
-        task = asyncio.get_running_loop().create_task(self._answer(msg))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _answer(self, msg: Msg) -> None:
-        try:
-            _, _, contract, version, name, caller = msg.subject.split(".")
-            model = version if contract == "model" else ""
-            entry = self._handlers.get(("model", name) if model else (f"{contract}.{version}", name))
-            if entry is None:
-                raise ClientFault("unsupported_method", f"{msg.subject}: not served here")
-            if model and model not in self._models:
-                raise ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
-            method, handler, decoder = entry
-            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and float(deadline) < time.time():
-                raise KernelFault("timeout", f"{name}: the caller's deadline has passed", retriable=True)
-            try:
-                request = decoder.decode(msg.data)
-            except msgspec.DecodeError as error:
-                raise invalid(f"{name}: the request", error) from None
-            call = self._make_call(caller, model, msg.headers)
-            if method.kind == "streamed":
-                await self._stream(msg, handler(request, call))
-            else:
-                reply = await handler(request, call)
-                if msg.reply:
-                    await self._bus._client.publish(msg.reply, encode(reply))
-            self.answered += 1
-        except Exception as error:
-            self.failed += 1
-            await self._refuse(msg, error)
-
-    async def _refuse(self, msg: Msg, error: Exception) -> None:
-        if not isinstance(error, Fault):  # a bug: its text stays here, since it may hold what callers must not see
-            log.exception("%s failed", msg.subject, exc_info=error)
-            error = PluginFault("internal", f"the handler of {msg.subject.split('.')[-2]} failed with {type(error).__name__}",
-                                "see the log of the instance")  # fmt: skip
-        if msg.reply:
-            line = error.message.splitlines()[0][:200] if error.message else error.code
-            headers = {ERROR: line.encode("ascii", "replace").decode(), ERROR_CODE: str(error.http_status)}
-            await self._bus._client.publish(msg.reply, encode(error.body()), headers=headers)
-
-    async def _stream(self, msg: Msg, frames: AsyncIterator[Any]) -> None:
-        """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work."""
-        bus, token = self._bus, self._bus._token()
-        credits: asyncio.Queue[Msg | Fault] = asyncio.Queue()
-        bus._waiting[token] = (msg.reply, credits)
-        sent = acknowledged = 0
-        try:
-            async for frame in frames:
-                await bus._client.publish(msg.reply, encode(frame), reply=f"{bus._inbox}.{token}")
-                sent += 1
-                while not credits.empty() or sent - acknowledged >= WINDOW:
-                    answer = await asyncio.wait_for(credits.get(), 60.0)
-                    if isinstance(answer, Fault) or answer.data == b"cancel" or (answer.headers or {}).get("Status") == "503":
-                        return
-                    acknowledged = int(answer.data)
-            await bus._client.publish(msg.reply, b"", headers={LAST: str(sent)})
-        finally:
-            bus._waiting.pop(token, None)
-            if (close := getattr(frames, "aclose", None)) is not None:
-                await close()
-
-    async def fence(self, deadline_s: float = 30.0, keep_instance: bool = False) -> bool:
-        """Unsubscribe at the broker, flush, and let what was delivered be answered. nats-py's own drain loses messages.
-        With `keep_instance` the instance's own subjects stay open (drain). True if all was answered in time."""
-        client = self._bus._client
-        subscriptions = self.subscriptions[:1] if keep_instance else list(self.subscriptions)
-        for subscription in subscriptions:
-            await client._send_unsubscribe(subscription._id)  # the broker stops; the local queue is kept
-        await self._bus._barrier()
-        until = time.monotonic() + deadline_s
-        while any(s.pending_msgs for s in subscriptions) or self.tasks:
-            if time.monotonic() > until:
-                break
-            await asyncio.wait(list(self.tasks) or [asyncio.create_task(asyncio.sleep(0.001))], timeout=0.05)
-        whole = not self.tasks
-        for subscription in subscriptions:
-            await subscription.unsubscribe()
-            self.subscriptions.remove(subscription)
-        return whole
-
-
-def handlers_of(implementation: Any, *contracts: str) -> dict[str, tuple[Method, Callable[..., Any]]]:
-    """The handlers of an object that implements whole contracts (a service), for `Bus.serve`."""
-    return {f"{c.name}.v{c.major}.{m.name}": (m, getattr(implementation, m.attribute))
-            for c in map(CONTRACTS.__getitem__, contracts) for m in c.methods.values()}  # fmt: skip
-
-
-def _deleted(headers: dict[str, str]) -> bool:
-    return headers.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in headers
 
 
 def _raise_if_fault(msg: Msg, subject: str) -> None:
@@ -553,3 +393,6 @@ def _of_nats(error: Exception, subject: str) -> Fault:
         return ClientFault("too_large", f"{subject}: the message is larger than the broker's limit",
                            "send a reference to an artifact instead")  # fmt: skip
     return KernelFault("disconnected", f"{subject}: {error}", "is the broker up?", retriable=True)
+
+
+__all__ = ["Bucket", "Bus", "Credentials", "Served", "encode", "handlers_of"]

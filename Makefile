@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all of their own set-up; everything else builds on the same .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOME_DIR ?= build/demo
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check reference clean help bench-%
+
+help:
+	@echo "make demo       real news articles become a served classifier (12 minutes on 2 cores; again: under 90 s)"
+	@echo "make test       all tests"
+	@echo "make check      ruff, mypy, stale documents"
+	@echo "make reference  write the documents that are derived from the contracts"
+	@echo "make bench-NAME one of: $(patsubst tests/benchmarks/%.py,%,$(filter-out %/reporting.py,$(wildcard tests/benchmarks/*.py)))"
+
+# torch comes from the constraints as the CPU build's version; pip's wheel cache makes a second install quick
+$(STAMP): deploy/dev.txt deploy/constraints.txt pyproject.toml $(wildcard */*/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet -r deploy/dev.txt -c deploy/constraints.txt
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python deploy/demo.py --home $(HOME_DIR)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m kernelm_cli.reference check
+
+reference: $(STAMP)
+	$(BIN)/python -m kernelm_cli.reference write
+
+bench-%: $(STAMP)
+	@$(BIN)/python -m pip install --quiet -r deploy/bench.txt -c deploy/constraints.txt
+	@$(BIN)/python tests/benchmarks/$*.py
+
+clean:
+	rm -rf build

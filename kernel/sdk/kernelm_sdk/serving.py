@@ -1,0 +1,131 @@
+"""The serving side of a call: dispatch to handlers, faults as answers, streams within their credit, fencing."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kernelm_sdk.contract import CONTRACTS, Method
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault, invalid
+from kernelm_sdk.system import Dispatch
+
+if TYPE_CHECKING:
+    from kernelm_sdk.bus import Bus
+
+ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"  # ADR-32, so that the stock tool shows faults
+DEADLINE, LAST = "Kernelm-Deadline", "Kernelm-Last"
+WINDOW = 64  # frames of a stream in flight; the consumer grants more at every half
+log = logging.getLogger("kernelm.serving")
+encode = msgspec.json.Encoder().encode
+
+
+class Served:
+    """What one instance serves. `fence()` ends it without losing a message."""
+
+    def __init__(self, bus: "Bus", handlers: dict[str, tuple[Method, Callable[..., Any]]], models: tuple[str, ...],
+                 make_call: Callable[..., Any] | None) -> None:  # fmt: skip
+        from kernelm_sdk.plugin import Call
+
+        self.subscriptions: list[Any] = []
+        self.answered = self.failed = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._bus, self._models, self._make_call = bus, models, make_call or Call
+        self._handlers: dict[tuple[str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
+        for key, (method, handler) in handlers.items():
+            entry = (method, handler, msgspec.json.Decoder(Dispatch if method.kind == "job" else method.request))
+            contract, _, name = key.rpartition(".")
+            self._handlers[(contract, name)] = entry
+            if method.scope == "model":
+                self._handlers[("model", name)] = entry
+
+    async def on_message(self, msg: Any) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(msg))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _answer(self, msg: Any) -> None:
+        try:
+            _, _, contract, version, name, caller = msg.subject.split(".")
+            model = version if contract == "model" else ""
+            entry = self._handlers.get(("model", name) if model else (f"{contract}.{version}", name))
+            if entry is None:
+                raise ClientFault("unsupported_method", f"{msg.subject}: not served here")
+            if model and model not in self._models:
+                raise ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
+            method, handler, decoder = entry
+            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and float(deadline) < time.time():
+                raise KernelFault("timeout", f"{name}: the caller's deadline has passed", retriable=True)
+            try:
+                request = decoder.decode(msg.data)
+            except msgspec.DecodeError as error:
+                raise invalid(f"{name}: the request", error) from None
+            call = self._make_call(caller, model, msg.headers)
+            if method.kind == "streamed":
+                await self._stream(msg, handler(request, call))
+            else:
+                reply = await handler(request, call)
+                if msg.reply:
+                    await self._bus._client.publish(msg.reply, encode(reply))
+            self.answered += 1
+        except Exception as error:
+            self.failed += 1
+            await self._refuse(msg, error)
+
+    async def _refuse(self, msg: Any, error: Exception) -> None:
+        if not isinstance(error, Fault):  # a bug: its text stays here, since it may hold what callers must not see
+            log.exception("%s failed", msg.subject, exc_info=error)
+            error = PluginFault("internal", f"the handler of {msg.subject.split('.')[-2]} failed with {type(error).__name__}",
+                                "see the log of the instance")  # fmt: skip
+        if msg.reply:
+            line = error.message.splitlines()[0][:200] if error.message else error.code
+            headers = {ERROR: line.encode("ascii", "replace").decode(), ERROR_CODE: str(error.http_status)}
+            await self._bus._client.publish(msg.reply, encode(error.body()), headers=headers)
+
+    async def _stream(self, msg: Any, frames: AsyncIterator[Any]) -> None:
+        """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work."""
+        bus, token = self._bus, self._bus._token()
+        credits: asyncio.Queue[Any] = asyncio.Queue()
+        bus._waiting[token] = (msg.reply, credits)
+        sent = acknowledged = 0
+        try:
+            async for frame in frames:
+                await bus._client.publish(msg.reply, encode(frame), reply=f"{bus._inbox}.{token}")
+                sent += 1
+                while not credits.empty() or sent - acknowledged >= WINDOW:
+                    answer = await asyncio.wait_for(credits.get(), 60.0)
+                    if isinstance(answer, Fault) or answer.data == b"cancel" or (answer.headers or {}).get("Status") == "503":
+                        return
+                    acknowledged = int(answer.data)
+            await bus._client.publish(msg.reply, b"", headers={LAST: str(sent)})
+        finally:
+            bus._waiting.pop(token, None)
+            if (close := getattr(frames, "aclose", None)) is not None:
+                await close()
+
+    async def fence(self, deadline_s: float = 30.0, keep_instance: bool = False) -> bool:
+        """Unsubscribe at the broker, flush, and let what was delivered be answered. nats-py's own drain loses messages.
+        With `keep_instance` the instance's own subjects stay open (drain). True if all was answered in time."""
+        client = self._bus._client
+        subscriptions = self.subscriptions[:1] if keep_instance else list(self.subscriptions)
+        for subscription in subscriptions:
+            await client._send_unsubscribe(subscription._id)  # the broker stops; the local queue is kept
+        await self._bus._barrier()
+        until = time.monotonic() + deadline_s
+        while any(s.pending_msgs for s in subscriptions) or self.tasks:
+            if time.monotonic() > until:
+                break
+            await asyncio.wait(list(self.tasks) or [asyncio.create_task(asyncio.sleep(0.001))], timeout=0.05)
+        whole = not self.tasks
+        for subscription in subscriptions:
+            await subscription.unsubscribe()
+            self.subscriptions.remove(subscription)
+        return whole
+
+
+def handlers_of(implementation: Any, *contracts: str) -> dict[str, tuple[Method, Callable[..., Any]]]:
+    """The handlers of an object that implements whole contracts (a service), for `Bus.serve`."""
+    return {f"{c.name}.v{c.major}.{m.name}": (m, getattr(implementation, m.attribute))
+            for c in map(CONTRACTS.__getitem__, contracts) for m in c.methods.values()}  # fmt: skip
