@@ -92,9 +92,9 @@ class Bus:
 
     async def close(self) -> None:
         """Flush what was published and disconnect."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a dead broker must not keep anybody from ending
             await self._client.flush(2)
-        await self._client.close()
+            await self._client.close()
 
     @property
     def closed(self) -> bool:
@@ -122,14 +122,14 @@ class Bus:
         if not denied:
             log.warning("broker: %s", str(error) or type(error).__name__)
             return
-        what, subject = denied[1].lower(), denied[2]
+        what, subject = denied[1], denied[2]  # nats-py gives the broker's text in lower case
         self._denied[subject] = what
         fault = ClientFault("permission_denied", f"{self.user!r} may not {what.replace('ion', 'e').replace('publishe', 'publish')} "
                             f"{subject!r}", "ask for a key or a manifest that grants it")  # fmt: skip
         # the broker names the subject after mapping: impl.<pool>.<tail> for a call that was made on [svc.]<tail>
         tail = subject.split(".", 2)[2] if subject.startswith("impl.") else ""
         for token, (wanted, _) in list(self._waiting.items()):
-            if subject == wanted or (tail and tail == wanted.removeprefix("svc.")):
+            if subject == wanted.lower() or (tail and tail == wanted.removeprefix("svc.")):
                 self._fail(token, fault)
 
     async def _on_disconnect(self) -> None:
@@ -269,10 +269,10 @@ class Bus:
         return served
 
     async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]], queue: str = "") -> Any:
-        self._denied.pop(subject, None)
+        self._denied.pop(subject.lower(), None)
         subscription = await self._client.subscribe(subject, queue=queue, cb=callback)
         await self._barrier()  # a denial comes back before its answer
-        if subject in self._denied:
+        if subject.lower() in self._denied:
             raise ClientFault("permission_denied", f"{self.user!r} may not subscribe to {subject!r}")
         return subscription
 
