@@ -133,8 +133,9 @@ class Ray:
             self.why = "no network namespace: needs root and unshare"
             return
         inside = 'ip link set lo up && exec "$0" "$@"'
-        self.process = subprocess.Popen(["unshare", "--net", "sh", "-c", inside, sys.executable, "-c", RAY, json.dumps(BODY)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+        command = ["unshare", "--net", "sh", "-c", inside, sys.executable, "-c", RAY, json.dumps(BODY)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
 
     def round(self, calls: int, burst: int) -> tuple[float, float, float] | None:
         if self.process is None or self.process.stdin is None or self.process.stdout is None:

@@ -62,6 +62,7 @@ class Step(Struct, frozen=True):
     documents_out: int
     reasons: dict[str, int] = {}  # reason -> documents dropped
     examples: tuple[str, ...] = ()  # ids of a few dropped documents, never their text
+    changed: dict[str, int] = {}  # what was done to documents that stayed, e.g. "decoded from cp1252" -> documents
 
 
 class SplitCard(Struct, frozen=True):
