@@ -1,0 +1,1 @@
+"""kernelm's optimizer: finds the better model, makes it cheaper, and proves it. Start reading in `plugin.py`."""

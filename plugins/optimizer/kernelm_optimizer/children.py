@@ -1,0 +1,99 @@
+"""The jobs that a search submits and waits for."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault, from_body
+from kernelm_sdk.plugin import Job
+from kernelm_sdk.system import Resources
+
+Req = TypeVar("Req", bound=msgspec.Struct)
+Rep = TypeVar("Rep", bound=msgspec.Struct)
+Seen = Callable[[Mapping[str, JobRecord]], Awaitable[None]]
+
+ENDED = ("done", "dead", "cancelled")
+FIRST_PAUSE_S = 0.05
+
+
+class Children:
+    """Submits jobs in the name of `parent` and waits for them; they are cancelled with it by the job table.
+
+    `poll_max_s` is the longest pause between two looks; a job table that is away for up to `patience_s` is waited for.
+    """
+
+    def __init__(self, parent: Job, poll_max_s: float, patience_s: float) -> None:
+        self.parent, self.poll_max_s, self.patience_s = parent, poll_max_s, patience_s
+
+    async def submit(self, name: str, uses: str, request: msgspec.Struct, resources: Resources) -> JobRecord:
+        """Submit a job; equal work that was done before comes back as done (`reused`)."""
+        return await self._call(Jobs.submit, JobSpec(
+            name=name, uses=uses, request=msgspec.to_builtins(request), resources=resources,
+            parent=self.parent.id, run=self.parent.run_id))
+
+    async def find(self, identifier: str) -> JobRecord | None:
+        """The job, or None if the job table does not know it."""
+        try:
+            return await self._call(Jobs.get, JobName(identifier))
+        except ClientFault as fault:
+            if fault.code == "not_found":
+                return None
+            raise
+
+    async def ended(self, jobs: Mapping[str, str], seen: Seen, deadline: float = math.inf) -> dict[str, JobRecord]:
+        """Wait until all `jobs` (key -> id) have ended, and return their records.
+
+        `seen` gets the records after every look. Those not at their end at `deadline` (of `time.monotonic`) are
+        cancelled; their record is then whatever the job table made of that.
+        """
+        records: dict[str, JobRecord] = {}
+        pause = FIRST_PAUSE_S
+        while True:
+            for key in [k for k in jobs if k not in records or records[k].state not in ENDED]:
+                records[key] = await self._call(Jobs.get, JobName(jobs[key]))
+            await seen(records)
+            unfinished = [key for key, record in records.items() if record.state not in ENDED]
+            if not unfinished:
+                return records
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return records | {key: await self.cancel(jobs[key]) for key in unfinished}
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 1.5, self.poll_max_s)
+
+    async def cancel(self, identifier: str) -> JobRecord:
+        """Cancel a job; its record, also if it came to its end just before."""
+        try:
+            return await self._call(Jobs.cancel, JobName(identifier))
+        except ClientFault:  # nothing left to cancel
+            return await self._call(Jobs.get, JobName(identifier))
+
+    async def _call(self, method: Callable[[Any, Req, Any], Coroutine[Any, Any, Rep]], request: Req) -> Rep:
+        away_until = time.monotonic() + self.patience_s
+        pause = FIRST_PAUSE_S
+        while True:
+            self.parent.raise_if_cancelled()
+            try:
+                return await self.parent.context.call(method, request)
+            except Fault as fault:
+                waitable = isinstance(fault, KernelFault) or fault.retriable
+                if not waitable or time.monotonic() >= away_until:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, self.poll_max_s)
+
+
+def result_of(record: JobRecord, expected: type[Rep]) -> Rep:
+    """What a job that has ended returned; its own fault, or a PluginFault that says why there is none."""
+    if record.state != "done":
+        raise from_body(record.fault) if record.fault else PluginFault(
+            f"job_{record.state}", f"job {record.spec.name!r} ({record.id}) is {record.state}: {record.why or 'no reason given'}")
+    try:
+        return msgspec.convert(record.result, expected)
+    except msgspec.ValidationError as error:
+        raise PluginFault("invalid_result", f"result of job {record.spec.name!r} ({record.id}): {error}") from None

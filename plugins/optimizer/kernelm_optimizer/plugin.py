@@ -1,0 +1,293 @@
+"""`optimizer/1`: one search is train, measure, choose, quantize, test, report. Effects only; decisions are in `choice.py`."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from kernelm_contracts.data import DatasetCard
+from kernelm_contracts.jobs import JobRecord
+from kernelm_contracts.optimizer import Candidate, CandidateMeasured, Optimized, Optimizer, OptimizeRequest, Row
+from kernelm_contracts.server import Measured, Measurement, MeasureRequest
+from kernelm_contracts.trainer import Scores, Trained
+from kernelm_optimizer.children import ENDED, Children, result_of
+from kernelm_optimizer.choice import Figures, figures, rank, reason_against
+from kernelm_optimizer.plan import checked, nothing_measured, variant_name
+from kernelm_optimizer.quantize import quantize, read_card, why_not
+from kernelm_optimizer.report import Findings, write
+from kernelm_optimizer.settings import Settings
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
+from kernelm_sdk.plugin import Job, Plugin
+
+NOT_MEASURED = "not measured: "
+# where each phase ends, as a share of the job
+TRAINED, MEASURED, QUANTIZED, COMPARED, TESTED = 0.6, 0.75, 0.83, 0.92, 0.98
+
+
+class OptimizerPlugin(Plugin, Optimizer):
+    """Searches, compresses, and proves it."""
+
+    Settings = Settings
+
+    async def optimize(self, request: OptimizeRequest, job: Job) -> Optimized:
+        """See `Optimizer.optimize`. ClientFault `invalid` or `budget_too_small`, PluginFault `nothing_measured`."""
+        candidates = checked(request)
+        return await _Search(self, request, candidates, job).run()
+
+
+class _State(Struct, frozen=True):
+    """A search's checkpoint."""
+
+    spent_s: float = 0.0  # by earlier attempts
+    children: dict[str, str] = {}  # candidate -> job that trains it
+
+
+class _Search:
+    def __init__(self, plugin: OptimizerPlugin, request: OptimizeRequest, candidates: tuple[Candidate, ...], job: Job) -> None:
+        self.settings: Settings = plugin.settings
+        self.context, self.request, self.candidates, self.job = plugin.context, request, candidates, job
+        self.children = Children(job, self.settings.poll_max_s, self.settings.patience_s)
+        self.rows = {c.name: _first_row(c) for c in candidates}
+        self.begun = time.monotonic()
+        self.state = _State()
+        self.late: set[str] = set()  # candidates that lacked time, and nothing else
+        self.conditions: dict[str, str] = {}
+        self.compared: tuple[Measurement, Measurement] | None = None  # the winner and its int8 variant, side by side
+
+    async def run(self) -> Optimized:
+        labels = await self._labels()
+        await self._restore()
+        await self._train()
+        for name in [name for name, row in self.rows.items() if row.model]:
+            await self._read_card(name, labels)
+        await self._measure_candidates()
+        winner = await self._quantize(self._choose())
+        self.rows[winner] = msgspec.structs.replace(self.rows[winner], outcome="winner")
+        test = await self._test(self.rows[winner].model)
+        report = await self._report(winner, test)
+        return Optimized(model=self.rows[winner].model, winner=winner, rows=tuple(self.rows.values()), test=test,
+                         report=report, took_s=self._spent())
+
+    # ---- the dataset, and what earlier attempts did --------------------------------------------------------------
+
+    async def _labels(self) -> tuple[str, ...]:
+        path = await self.context.artifact(self.request.dataset) / "dataset.json"
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=DatasetCard).labels
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ClientFault("invalid", f"dataset {self.request.dataset}: {path.name}: {error}",
+                              "give the digest that `data/1.prepare` returned") from None
+
+    async def _restore(self) -> None:
+        if self.job.checkpoint:
+            folder = await self.context.artifact(self.job.checkpoint)
+            self.state = msgspec.json.decode((folder / "search.json").read_bytes(), type=_State)
+
+    async def _save(self, children: dict[str, str]) -> None:
+        folder = self.job.scratch / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        body = msgspec.json.encode(_State(self._spent(), children))
+        (folder / "search.json").write_bytes(body)
+        await self.job.save(folder)
+
+    def _spent(self) -> float:
+        """Seconds that this search has taken so far, in all attempts."""
+        return self.state.spent_s + time.monotonic() - self.begun
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    async def _train(self) -> None:
+        self.job.progress(0.0, "training", "submitting candidates")
+        deadline = self.begun + self.request.budget_s - self.state.spent_s
+        children = await self._submit([c for c in self.candidates if not c.model], deadline)
+        if not children:
+            return
+        await self._save(children)
+        ended = 0
+
+        async def seen(records: Mapping[str, JobRecord]) -> None:
+            nonlocal ended
+            done = sum(r.state in ENDED for r in records.values())
+            share = sum(1.0 if r.state in ENDED else r.progress.fraction for r in records.values()) / len(records)
+            self.job.progress(TRAINED * share, "training", f"{done} of {len(records)} ended; " + "; ".join(
+                f"{name}: {r.progress.phase or r.state} {100 * r.progress.fraction:.0f} %"
+                for name, r in records.items() if r.state not in ENDED))
+            if done != ended:
+                ended = done
+                await self._save(children)
+
+        for name, record in (await self.children.ended(children, seen, deadline)).items():
+            self._take(name, record)
+
+    async def _submit(self, candidates: list[Candidate], deadline: float) -> dict[str, str]:
+        """Candidate -> job. Those that an earlier attempt submitted are looked up; a new one needs budget."""
+        children: dict[str, str] = {}
+        for candidate in candidates:
+            known = self.state.children.get(candidate.name, "")
+            record = await self.children.find(known) if known else None
+            if record and (record.state != "cancelled" or time.monotonic() >= deadline):
+                children[candidate.name] = record.id
+                continue
+            if time.monotonic() >= deadline:
+                self._reject_late(candidate.name, "before it could start")
+                continue
+            assert candidate.train is not None  # `checked` saw to it
+            try:
+                record = await self.children.submit(
+                    f"train-{candidate.name}", "trainer/1.train", candidate.train, self.settings.train)
+                children[candidate.name] = record.id
+            except KernelFault:  # nobody's fault in particular: the whole search is tried again
+                raise
+            except Fault as fault:
+                self._reject(candidate.name, fault.message)
+        return children
+
+    def _take(self, name: str, record: JobRecord) -> None:
+        if record.state == "done":
+            try:
+                self.rows[name] = msgspec.structs.replace(self.rows[name], model=result_of(record, Trained).model)
+            except Fault as fault:
+                self._reject(name, fault.message)
+        elif record.state == "dead":
+            self._reject(name, record.fault.message if record.fault else record.why or "its job died without a reason")
+        elif self._spent() >= self.request.budget_s:
+            trained = f"with {100 * record.progress.fraction:.0f} % of its training done"
+            self._reject_late(name, trained if record.started else f"before it began ({record.why or 'it was queued'})")
+        else:
+            self._reject(name, f"its job was cancelled: {record.why or 'no reason given'}")
+
+    def _reject(self, name: str, reason: str) -> None:
+        self.rows[name] = msgspec.structs.replace(self.rows[name], outcome=NOT_MEASURED + reason)
+        self.context.log.warning("%s: candidate %s is not measured: %s", self.job.id, name, reason)
+
+    def _reject_late(self, name: str, how_far: str) -> None:
+        self.late.add(name)
+        self._reject(name, f"the budget of {self.request.budget_s:g} s was spent {how_far}")
+
+    # ---- measuring and choosing ----------------------------------------------------------------------------------
+
+    async def _read_card(self, name: str, labels: tuple[str, ...]) -> None:
+        row = self.rows[name]
+        try:
+            card = read_card(await self.context.artifact(row.model))
+        except ClientFault as fault:
+            self._reject(name, fault.message)
+            return
+        self.rows[name] = msgspec.structs.replace(
+            row, structure=card.structure, algorithm=card.algorithm, precision=card.precision)
+        if card.labels != labels:
+            self._reject(name, f"its labels are {', '.join(card.labels)}, the dataset's are {', '.join(labels)}")
+
+    async def _measure_candidates(self) -> None:
+        names = [name for name, row in self.rows.items() if row.model and not row.outcome]
+        if not names:
+            reasons = {name: row.outcome.removeprefix(NOT_MEASURED) for name, row in self.rows.items()}
+            raise nothing_measured(reasons, self.late, self.request.budget_s)
+        measured = await self._measure("measuring", [self.rows[name].model for name in names], (TRAINED, MEASURED))
+        for name in names:
+            await self._record(name, measured[self.rows[name].model])
+
+    async def _measure(self, phase: str, models: list[str], share: tuple[float, float],
+                       split: str = "validation") -> dict[str, Measurement]:  # fmt: skip
+        """Digest -> measurement, all from one interleaved run of the server."""
+        rounds = self.settings.rounds if split == "validation" else 1  # of the test split only the scores are wanted
+        request = MeasureRequest(tuple(dict.fromkeys(models)), self.request.dataset, split, rounds)  # type: ignore[arg-type]
+        record = await self.children.submit(phase.replace(" ", "-"), "server/1.measure", request, self.settings.measure)
+
+        async def seen(records: Mapping[str, JobRecord]) -> None:
+            progress = records[phase].progress
+            self.job.progress(share[0] + (share[1] - share[0]) * progress.fraction, phase, progress.message or records[phase].why)
+
+        ended = await self.children.ended({phase: record.id}, seen)
+        result = result_of(ended[phase], Measured)
+        found = {m.model: m for m in result.measurements}
+        if missing := [model for model in request.models if model not in found]:
+            raise PluginFault("invalid_result", f"server/1.measure (job {record.id}) gave no figures for {missing[0]}")
+        self.conditions = result.conditions
+        return found
+
+    async def _record(self, name: str, measurement: Measurement) -> None:
+        self.rows[name] = msgspec.structs.replace(self.rows[name], outcome="measured", measurement=measurement)
+        await self.context.publish(CandidateMeasured(
+            job=self.job.id, name=name, accuracy=measurement.scores.accuracy, latency_ms=measurement.latency_ms))
+
+    def _figures(self) -> tuple[Figures, ...]:
+        return tuple(figures(name, row.measurement) for name, row in self.rows.items() if row.measurement)
+
+    def _choose(self) -> str:
+        return rank(self._figures(), self.request.objective, self.request.max_drop)[0].name
+
+    # ---- int8 ----------------------------------------------------------------------------------------------------
+
+    async def _quantize(self, winner: str) -> str:
+        """The name of the final winner: `winner`, or its int8 variant if that is kept."""
+        if not self.request.quantize:
+            return winner
+        original = self.rows[winner]
+        name = variant_name(winner, set(self.rows))
+        self.rows[name] = Row(name, "", original.structure, original.algorithm, "int8")
+        source = await self.context.artifact(original.model)
+        if reason := why_not(read_card(source)):
+            self._reject(name, reason)
+            return winner
+        best = max(f.accuracy for f in self._figures())
+        model = await self._make_int8(name, source, original.model)
+        if not model:
+            return winner
+        self.rows[name] = msgspec.structs.replace(self.rows[name], model=model)
+        measured = await self._measure("measuring int8", [original.model, model], (QUANTIZED, COMPARED))
+        self.compared = measured[original.model], measured[model]
+        await self._record(name, measured[model])
+        against = reason_against(figures(name, measured[model]), figures(winner, measured[original.model]), best,
+                                 self.request.objective, self.request.max_drop)
+        if against:
+            self.rows[name] = msgspec.structs.replace(self.rows[name], outcome=f"not kept: {against}")
+            return winner
+        return name
+
+    async def _make_int8(self, name: str, source: Path, original: str) -> str:
+        """Digest of the int8 variant; "" (and a row that says why) if it could not be made."""
+        self.job.progress(MEASURED, "quantizing", f"exporting {name}")
+        target = self.job.scratch / "int8"
+        try:
+            made = await self.job.in_thread(quantize, source, target, self.settings.reduce_range)
+        except Exception as error:  # torch and onnxruntime raise all kinds; the search has a winner without int8
+            self.context.log.exception("%s: %s can't be made", self.job.id, name)
+            self._reject(name, error.message if isinstance(error, Fault) else f"{type(error).__name__}: {error}")
+            return ""
+        self.context.log.info("%s: %s made in %.1f s, %d of %d bytes", self.job.id, name,
+                              made.export_s + made.quantize_s, made.bytes_after, made.bytes_before)
+        self.job.progress(QUANTIZED, "quantizing", f"storing {name}")
+        metadata: dict[str, Any] = msgspec.to_builtins(made.card)
+        return await self.context.store(target, "model", metadata=metadata, job=self.job.id, model=original,
+                                        dataset=self.request.dataset)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    async def _test(self, model: str) -> Scores:
+        return (await self._measure("testing the winner", [model], (COMPARED, TESTED), "test"))[model].scores
+
+    async def _report(self, winner: str, test: Scores) -> str:
+        self.job.progress(TESTED, "reporting")
+        before, after = self.compared or (None, None)
+        model = self.rows[winner].model
+        findings = Findings(
+            name=self.job.name or self.job.id, dataset=self.request.dataset, winner=winner, model=model,
+            objective=self.request.objective, max_drop=self.request.max_drop, budget_s=self.request.budget_s,
+            took_s=self._spent(), rows=tuple(self.rows.values()), test=test, int8_reference=before, int8=after,
+            conditions=self.conditions)
+        folder = self.job.scratch / "report"
+        await self.job.in_thread(write, findings, folder)
+        return await self.context.store(folder, "report", metadata={"name": findings.name, "winner": winner},
+                                        job=self.job.id, model=model, dataset=self.request.dataset)
+
+
+def _first_row(candidate: Candidate) -> Row:
+    train = candidate.train
+    if candidate.model or train is None:
+        return Row(candidate.name, "", model=candidate.model)
+    return Row(candidate.name, "", train.structure, train.algorithm)
+

@@ -1,0 +1,289 @@
+"""Whole searches, against a job table, a store, a trainer and a server that live in this process.
+
+The trainer fits real TF-IDF models and the server really classifies with them; only latencies are given by the test, so
+that the choice is the same on every machine.
+"""
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+import kernelm_optimizer
+from kernelm.testing.harness import until
+from kernelm_contracts.data import DatasetCard
+from kernelm_contracts.jobs import JobRecord, Jobs, JobSpec
+from kernelm_contracts.optimizer import Candidate, CandidateMeasured, Optimized, OptimizeRequest
+from kernelm_contracts.server import Measured, Measurement
+from kernelm_contracts.trainer import Scores, Trained, TrainRequest
+from kernelm_optimizer.plugin import OptimizerPlugin
+from kernelm_optimizer.quantize import read_card
+from kernelm_optimizer.settings import Settings
+from kernelm_sdk.errors import ClientFault, FaultBody, KernelFault, PluginFault
+from kernelm_sdk.plugin import MANIFEST, Job, JobCancelled, read_manifest
+from kernelm_sdk.system import Progress
+
+DATASET = "sha256:data"
+
+
+class World:
+    """The rest of kernelm, as far as a search sees it."""
+
+    def __init__(self, real: SimpleNamespace, folder: Path, scratch: Path) -> None:
+        self.real, self.scratch, self.store_folder = real, scratch, folder
+        self.log = logging.getLogger("optimizer")
+        self.artifacts: dict[str, tuple[str, Path, dict[str, str]]] = {}
+        self.jobs: dict[str, JobRecord] = {}
+        self.events: list[CandidateMeasured] = []
+        self.measured: list[tuple[str, tuple[str, ...]]] = []
+        self.away = 0  # calls that find nobody
+        self.latency: Callable[[str], float] = lambda precision: {"fp32": 2.0, "int8": 1.0}[precision]
+        self.texts, self.labels = real.news(20)
+        dataset = folder / "dataset"
+        dataset.mkdir(parents=True)
+        (dataset / "dataset.json").write_bytes(msgspec.json.encode(DatasetCard("news", real.LABELS, (), {}, 256)))
+        self.artifacts[DATASET] = ("dataset", dataset, {})
+
+    # ---- what a Context offers ----
+
+    async def artifact(self, digest: str) -> Path:
+        if digest not in self.artifacts:
+            raise ClientFault("not_found", f"there is no artifact {digest}")
+        return self.artifacts[digest][1]
+
+    async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
+        digest = f"sha256:{len(self.artifacts)}"
+        shutil.copytree(folder, self.store_folder / str(len(self.artifacts)))
+        self.artifacts[digest] = (kind, self.store_folder / str(len(self.artifacts)), lineage)
+        return digest
+
+    async def publish(self, event: CandidateMeasured) -> None:
+        self.events.append(event)
+
+    async def call(self, method: Any, request: Any, **_: Any) -> JobRecord:
+        if self.away:
+            self.away -= 1
+            raise KernelFault("no_responders", "nobody answers", retriable=True)
+        if method is Jobs.submit:
+            return await self.submit(request)
+        if method is Jobs.cancel:
+            self.jobs[request.id] = msgspec.structs.replace(self.jobs[request.id], state="cancelled", why="cancelled by its parent")
+        if request.id not in self.jobs:
+            raise ClientFault("not_found", f"there is no job {request.id}")
+        return self.jobs[request.id]
+
+    # ---- the job table ----
+
+    async def submit(self, spec: JobSpec) -> JobRecord:
+        record = JobRecord(f"j{len(self.jobs)}", spec, "key", state="running", started=1.0, progress=Progress(0.4, "fitting"))
+        try:
+            work = self.train if spec.uses == "trainer/1.train" else self.measure
+            if (result := await work(spec.request)) is not None:
+                record = msgspec.structs.replace(record, state="done", result=msgspec.to_builtins(result))
+        except PluginFault as fault:
+            record = msgspec.structs.replace(record, state="dead", fault=FaultBody("plugin", fault.code, fault.message))
+        self.jobs[record.id] = record
+        return record
+
+    async def train(self, request: dict[str, Any]) -> Trained | None:
+        asked = msgspec.convert(request, TrainRequest)
+        assert not asked.report_test
+        if asked.structure == "encoder":  # never gets done
+            return None
+        if asked.seed == 13:
+            raise PluginFault("diverged", "the loss is nan")
+        folder = self.store_folder / f"new-{len(self.artifacts)}"
+        step = 20 if asked.epochs == 1 else 1  # one article a class, or all of them
+        self.real.write_tfidf(folder, self.texts[::step], self.labels[::step])
+        digest = await self.store(folder, "model")
+        return Trained(digest, "tfidf-linear", "lbfgs", 1, Scores("validation", 0, 0, 0, 0))
+
+    async def measure(self, request: dict[str, Any]) -> Measured:
+        self.measured.append((request["split"], tuple(request["models"])))
+        return Measured(tuple(self.measurement(model, request["split"]) for model in request["models"]), {"cores": "2"})
+
+    def measurement(self, model: str, split: str) -> Measurement:
+        folder = self.artifacts[model][1]
+        right = (self.real.tfidf_logits(folder, self.texts).argmax(1) == self.labels).mean()
+        return Measurement(model, Scores(split, len(self.texts), float(right), float(right), float(right)),
+                           self.latency(read_card(folder).precision), 9.0, 100.0,
+                           sum(p.stat().st_size for p in folder.iterdir()), 1.0, 0.1)
+
+    def job(self, epoch: int = 1, checkpoint: str = "") -> Job:
+        return Job(self, "jobs", "j-search", epoch, epoch, checkpoint, "run", "search")  # type: ignore[arg-type]
+
+    async def search(self, *candidates: Candidate, job: Job | None = None, **fields: Any) -> Optimized:
+        request = OptimizeRequest(DATASET, candidates, **fields)
+        settings = Settings(poll_max_s=0.02, patience_s=5.0)
+        return await OptimizerPlugin(self, settings).optimize(request, job or self.job())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def world(real: SimpleNamespace, tmp_path: Path) -> World:
+    return World(real, tmp_path / "store", tmp_path / "scratch")
+
+
+def train(**fields: Any) -> TrainRequest:
+    return TrainRequest("", **{"structure": "tfidf-linear", **fields})
+
+
+GOOD, BAD = Candidate("good", train=train()), Candidate("bad", train=train(epochs=1))
+BROKEN, ENDLESS = Candidate("broken", train=train(seed=13)), Candidate("endless", train=train(structure="encoder"))
+
+
+async def test_a_search_from_candidates_to_report(world):
+    found = await world.search(BAD, GOOD, BROKEN)
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == ["bad", "good", "broken", "good-int8"]
+    assert rows["broken"].outcome == "not measured: the loss is nan"
+    assert rows["broken"].measurement is None
+    assert rows["bad"].outcome == rows["good"].outcome == "measured"
+    assert rows["good"].measurement.scores.accuracy > rows["bad"].measurement.scores.accuracy
+    assert (found.winner, rows["good-int8"].outcome, rows["good-int8"].precision) == ("good-int8", "winner", "int8")
+    assert found.model == rows["good-int8"].model
+    kind, folder, lineage = world.artifacts[found.model]
+    assert (kind, lineage) == ("model", {"job": "j-search", "model": rows["good"].model, "dataset": DATASET})
+    assert read_card(folder).precision == "int8"
+    assert world.measured == [("validation", (rows["bad"].model, rows["good"].model)),
+                              ("validation", (rows["good"].model, found.model)), ("test", (found.model,))]
+    assert found.test.split == "test"
+    assert [e.name for e in world.events] == ["bad", "good", "good-int8"]
+    assert world.artifacts[found.report][0] == "report"
+    assert {p.name for p in world.artifacts[found.report][1].iterdir()} == {"report.md", "report.json", "report.png"}
+
+
+async def test_children_belong_to_the_search(world):
+    await world.search(GOOD, quantize=False)
+    first, *rest = [record.spec for record in world.jobs.values()]
+    assert (first.name, first.uses, first.parent, first.run) == ("train-good", "trainer/1.train", "j-search", "run")
+    assert first.resources == Settings().train
+    assert [spec.uses for spec in rest] == ["server/1.measure"] * 2
+
+
+async def test_one_given_model_is_a_search_too(world, tfidf):
+    model = await world.store(tfidf, "model")
+    found = await world.search(Candidate("given", model=model), quantize=False)
+    assert (found.winner, found.model, len(found.rows)) == ("given", model, 1)
+    assert (found.rows[0].structure, found.rows[0].algorithm, found.rows[0].precision) == ("tfidf-linear", "lbfgs", "fp32")
+
+
+async def test_an_int8_variant_that_brings_nothing_is_not_kept(world, tfidf):
+    model = await world.store(tfidf, "model")
+    world.latency = lambda precision: {"fp32": 1.0, "int8": 3.0}[precision]
+    found = await world.search(Candidate("given", model=model), objective="latency")
+    assert found.model == model
+    assert found.rows[1].outcome == "not kept: no faster: 3.00 ms against 1.00 ms"
+    assert found.rows[1].measurement is not None
+
+
+async def test_a_winner_that_is_int8_already_is_not_quantized_again(world, tfidf):
+    first = await world.search(Candidate("given", model=await world.store(tfidf, "model")))
+    again = await world.search(Candidate("small", model=first.model), job=world.job(2))
+    assert again.winner == "small"
+    assert again.rows[1].outcome == "not measured: it is int8 safetensors already"
+
+
+async def test_the_budget_cancels_what_is_under_way(world):
+    found = await world.search(GOOD, ENDLESS, budget_s=0.3, quantize=False)
+    assert found.winner == "good"
+    assert found.rows[1].outcome == "not measured: the budget of 0.3 s was spent with 40 % of its training done"
+    assert world.jobs["j1"].state == "cancelled"
+
+
+@pytest.mark.parametrize(("candidates", "budget", "kind", "code"), [
+    ((GOOD,), 0.0, ClientFault, "budget_too_small"),
+    ((ENDLESS,), 0.1, ClientFault, "budget_too_small"),
+    ((BROKEN,), 60.0, PluginFault, "nothing_measured"),
+    ((BROKEN, ENDLESS), 0.1, PluginFault, "nothing_measured"),
+])
+async def test_a_search_without_figures_fails_and_says_why(world, candidates, budget, kind, code):
+    with pytest.raises(kind) as raised:
+        await world.search(*candidates, budget_s=budget)
+    assert raised.value.code == code
+    assert all(c.name in raised.value.message for c in candidates)
+    assert world.measured == []
+
+
+async def test_a_model_with_other_labels_or_none_at_all_is_not_measured(world, tfidf, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tfidf, other)
+    (other / "model.json").write_bytes((tfidf / "model.json").read_bytes().replace(b'"tech"', b'"weather"'))
+    found = await world.search(
+        GOOD, Candidate("other", model=await world.store(other, "model")), Candidate("gone", model="sha256:gone"), quantize=False)
+    assert found.rows[1].outcome.startswith("not measured: its labels are business, entertainment, politics, sports, weather")
+    assert found.rows[2].outcome == "not measured: there is no artifact sha256:gone"
+
+
+async def test_a_dataset_that_is_none_is_the_callers_fault(world, tfidf):
+    world.artifacts[DATASET] = ("model", tfidf, {})
+    with pytest.raises(ClientFault, match=r"dataset\.json"):
+        await world.search(GOOD)
+
+
+async def test_a_restart_goes_on_with_the_jobs_that_were_submitted(world):
+    first = world.job(1)
+    attempt = asyncio.create_task(world.search(GOOD, ENDLESS, job=first, budget_s=60))
+    await until(lambda: len(world.jobs) == 2 and first.checkpoint)
+    attempt.cancel()
+    await asyncio.gather(attempt, return_exceptions=True)
+    world.jobs["j1"] = msgspec.structs.replace(world.jobs["j1"], state="dead", why="killed")
+    found = await world.search(GOOD, ENDLESS, job=world.job(2, first.checkpoint), budget_s=60, quantize=False)
+    assert [r.spec.uses for r in world.jobs.values()].count("trainer/1.train") == 2
+    assert found.rows[1].outcome == "not measured: killed"
+
+
+async def test_what_an_earlier_attempt_spent_counts_against_the_budget(world, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "search.json").write_text('{"spent_s": 100.0, "children": {}}')
+    checkpoint = await world.store(tmp_path / "checkpoint", "checkpoint")
+    with pytest.raises(ClientFault, match="budget of 60 s was spent before it could start"):
+        await world.search(GOOD, job=world.job(2, checkpoint), budget_s=60)
+    assert world.jobs == {}
+
+
+async def test_a_job_table_that_is_away_for_a_moment_is_waited_for(world):
+    world.away = 3
+    assert (await world.search(GOOD, quantize=False)).winner == "good"
+    assert world.away == 0
+
+
+async def test_a_cancelled_search_stops_and_leaves_its_children_to_the_job_table(world):
+    job = world.job()
+    attempt = asyncio.create_task(world.search(ENDLESS, job=job, budget_s=60))
+    await until(lambda: job.checkpoint)
+    job.cancelled = "not wanted"
+    with pytest.raises(JobCancelled, match="not wanted"):
+        await attempt
+    assert world.jobs["j0"].state == "running"
+
+
+async def test_a_measurement_that_fails_fails_the_search_with_its_reason(world, monkeypatch):
+    async def measure(request: dict[str, Any]) -> Measured:
+        raise PluginFault("invalid_model", "the processor lacks VNNI")
+
+    monkeypatch.setattr(world, "measure", measure)
+    with pytest.raises(PluginFault, match="lacks VNNI"):
+        await world.search(GOOD)
+
+
+async def test_an_export_that_fails_costs_the_int8_variant_only(world, monkeypatch):
+    def quantize(*_: Any) -> None:
+        raise RuntimeError("unsupported operator")
+
+    monkeypatch.setattr("kernelm_optimizer.plugin.quantize", quantize)
+    found = await world.search(GOOD)
+    assert found.winner == "good"
+    assert found.rows[1].outcome == "not measured: RuntimeError: unsupported operator"
+
+
+def test_the_manifest_lists_what_the_plugin_calls():
+    manifest = read_manifest(Path(kernelm_optimizer.__file__).parent / MANIFEST)
+    assert manifest.contracts == ("optimizer/1",)
+    assert set(manifest.calls) == {"jobs/1.submit", "jobs/1.get", "jobs/1.cancel"}
+    assert manifest.entry == f"{OptimizerPlugin.__module__}:{OptimizerPlugin.__qualname__}"

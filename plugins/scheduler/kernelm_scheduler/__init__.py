@@ -1,0 +1,1 @@
+"""The scheduler plugin: `policy.py` decides, `plugin.py` answers calls."""

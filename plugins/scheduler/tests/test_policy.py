@@ -1,0 +1,196 @@
+"""The policy: what it must never do (for any cluster), and what it does in cases that people can check by hand."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernelm_contracts.scheduler import ClusterState, NodeState, PendingJob, PlacedJob
+from kernelm_scheduler.policy import CPU_TOLERANCE, decide, impossible, order
+from kernelm_scheduler.settings import Settings, Weights
+from kernelm_sdk.system import Resources
+
+DEFAULTS = Settings()
+PLUGINS = ("data", "trainer", "encoder")
+TENANTS = ("default", "acme")
+cpus = st.sampled_from((0.0, 0.1, 0.25, 0.3, 0.5, 1.0, 2.0, 4.0, 9.0))
+requests = st.builds(Resources, cpus, st.sampled_from((0, 64, 512, 4096, 70000)), st.sampled_from((0, 0, 0, 1, 9)))
+
+
+def jobs(id: str) -> st.SearchStrategy[PendingJob]:
+    def some(of: st.SearchStrategy[str]) -> st.SearchStrategy[tuple[str, ...]]:
+        return st.lists(of, max_size=2, unique=True).map(tuple)
+
+    return st.builds(
+        PendingJob, st.just(id), st.just(f"job {id}"), requests, some(st.sampled_from(PLUGINS)), st.integers(-2, 2),
+        st.sampled_from(TENANTS), st.floats(0, 1000), st.integers(0, 2), some(st.sampled_from("xyz")),
+        some(st.sampled_from(("n0", "n1"))),
+    )  # fmt: skip
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> ClusterState:
+    """Any consistent state: what is free is what the placed jobs left."""
+    placed: list[PlacedJob] = []
+    nodes: list[NodeState] = []
+    for index in range(draw(st.integers(0, 4))):
+        capacity = Resources(draw(st.sampled_from((1.0, 2.0, 8.0))), draw(st.sampled_from((1024, 24000))), draw(st.integers(0, 2)))
+        free = capacity
+        for request in draw(st.lists(requests, max_size=3)):
+            if request.cpu <= free.cpu and request.memory_mb <= free.memory_mb and request.gpus <= free.gpus:
+                free = Resources(free.cpu - request.cpu, free.memory_mb - request.memory_mb, free.gpus - request.gpus)
+                placed.append(PlacedJob(f"p{len(placed)}", f"n{index}", request, tenant=draw(st.sampled_from(TENANTS))))
+        slots = draw(st.dictionaries(st.sampled_from(PLUGINS), st.integers(0, 3)))
+        nodes.append(NodeState(f"n{index}", capacity, free, slots, tuple(draw(st.lists(st.sampled_from("xyz"), max_size=2)))))
+    pending = [draw(jobs(f"j{i}")) for i in range(draw(st.integers(0, 8)))]
+    quotas = draw(st.dictionaries(st.sampled_from(TENANTS), requests))
+    return ClusterState(draw(st.integers(0, 9)), 1000.0, tuple(nodes), tuple(pending), tuple(placed), quotas)
+
+
+@given(clusters())
+@settings(max_examples=300, deadline=None)
+def test_what_never_happens(state: ClusterState) -> None:
+    decisions = decide(state, DEFAULTS)
+    assert decisions.version == state.version
+    assert sorted(d.job for d in decisions.decisions) == sorted(j.id for j in state.pending)  # one for each
+    assert all(d.reason for d in decisions.decisions)
+    pending, nodes = {j.id: j for j in state.pending}, {n.name: n for n in state.nodes}
+    starts = [(pending[d.job], d) for d in decisions.decisions if d.action == "place"]
+    for name, node in nodes.items():
+        here = [j.request for j, d in starts if d.node == name]
+        assert not here or sum(r.cpu for r in here) <= node.free.cpu + CPU_TOLERANCE
+        assert not here or sum(r.memory_mb for r in here) <= node.free.memory_mb
+        assert not here or sum(r.gpus for r in here) <= node.free.gpus
+        for plugin in PLUGINS:
+            assert sum(d.node == name and d.plugin == plugin for _, d in starts) <= node.plugins.get(plugin, 0)
+    assert all(d.plugin in j.plugins and d.node in nodes for j, d in starts)
+    for tenant, quota in state.quotas.items():
+        asked = [j.request for j, _ in starts if j.tenant == tenant]
+        held = [j.request for j in state.placed if j.tenant == tenant]
+        assert not asked or sum(r.cpu for r in asked + held) <= quota.cpu + CPU_TOLERANCE
+        assert not asked or sum(r.memory_mb for r in asked + held) <= quota.memory_mb
+        assert not asked or sum(r.gpus for r in asked + held) <= quota.gpus
+
+
+@given(clusters(), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_the_same_state_gives_the_same_decisions(state: ClusterState, random) -> None:
+    pending, nodes, placed = list(state.pending), list(state.nodes), list(state.placed)
+    for items in (pending, nodes, placed):
+        random.shuffle(items)
+    shuffled = msgspec.structs.replace(state, pending=tuple(pending), nodes=tuple(nodes), placed=tuple(placed))
+    assert {d.job: (d.action, d.node, d.plugin, d.score) for d in decide(state, DEFAULTS).decisions} \
+        == {d.job: (d.action, d.node, d.plugin, d.score) for d in decide(shuffled, DEFAULTS).decisions}  # fmt: skip
+
+
+@given(clusters())
+@settings(max_examples=150, deadline=None)
+def test_rejected_is_exactly_what_no_empty_cluster_could_run(state: ClusterState) -> None:
+    rejected = {d.job for d in decide(state, DEFAULTS).decisions if d.action == "reject"}
+    for job in state.pending:
+        fits = any(job.request.cpu <= n.capacity.cpu and job.request.memory_mb <= n.capacity.memory_mb
+                   and job.request.gpus <= n.capacity.gpus for n in state.nodes) or not state.nodes  # fmt: skip
+        quota = state.quotas.get(job.tenant)
+        allowed = quota is None or (job.request.cpu <= quota.cpu and job.request.memory_mb <= quota.memory_mb
+                                    and job.request.gpus <= quota.gpus)  # fmt: skip
+        assert (job.id in rejected) == (not (fits and allowed))
+
+
+def node(name: str = "local", cpu: float = 2.0, free: float = 2.0, memory: int = 24000, **more) -> NodeState:
+    return NodeState(name, Resources(cpu, memory), Resources(free, memory), **({"plugins": {"trainer": 4}} | more))
+
+
+def job(id: str = "a", cpu: float = 1.0, **more) -> PendingJob:
+    return PendingJob(id, id, Resources(cpu, 512), **({"plugins": ("trainer",), "submitted": 1000.0} | more))
+
+
+def one(state: ClusterState, id: str = "a"):
+    return next(d for d in decide(state, DEFAULTS).decisions if d.job == id)
+
+
+@pytest.mark.parametrize(("state", "action", "reason"), [
+    (ClusterState(1, 1000.0, (node(free=0.9),), (job(cpu=2.0),)), "wait", "waits: needs 2 cores, node local has 0.9 free"),
+    (ClusterState(1, 1000.0, (node(),), (job(cpu=4.0),)), "reject", "can never run: needs 4 cores, node local has 2 in all"),
+    (ClusterState(1, 1000.0, (), (job(cpu=4.0),)), "wait", "waits: no node has reported"),
+    (ClusterState(1, 1000.0, (node(plugins={}),), (job(),)), "wait", "waits: no plugin of trainer is ready on node local"),
+    (ClusterState(1, 1000.0, (node(plugins={"trainer": 0}),), (job(),)), "wait",
+     "waits: every instance of trainer on node local is at work"),
+    (ClusterState(1, 1000.0, (node(),), (job(cpu=2.0),), quotas={"default": Resources(1.0, 9999)}), "reject",
+     "can never run: needs 2 cores, the quota of tenant default has 1 in all"),
+    (ClusterState(1, 1000.0, (node(),), (job(),), (PlacedJob("p", "local", Resources(1.0, 1)),), {"default": Resources(1.5, 9999)}),
+     "wait", "waits: needs 1 core, the quota of tenant default has 0.5 left"),
+    (ClusterState(1, 1000.0, (node(),), (job(cpu=-1.0),)), "reject", "asks for a negative amount: -1 cores and 512 MiB, 0 GPUs"),
+])  # fmt: skip
+def test_reasons_are_for_people(state: ClusterState, action: str, reason: str) -> None:
+    decision = one(state)
+    assert (decision.action, decision.reason) == (action, reason)
+
+
+def test_a_tighter_node_is_preferred_and_the_reason_says_so() -> None:
+    decision = one(ClusterState(1, 1000.0, (node("big", 8.0, 8.0), node("small", 2.0, 2.0)), (job(),)))
+    assert (decision.action, decision.node, decision.plugin) == ("place", "small", "trainer")
+    assert decision.reason.startswith("trainer on small, which has 2 cores and 24000 MiB free; packing ")
+
+
+def test_a_node_with_the_dataset_is_preferred() -> None:
+    nodes = (node("a"), node("b", artifacts=("sha256:d",)))
+    assert one(ClusterState(1, 1000.0, nodes, (job(artifacts=("sha256:d",)),))).node == "b"
+
+
+def test_a_tenant_s_jobs_spread() -> None:
+    placed = (PlacedJob("p", "a", Resources(0.0, 0)),)
+    assert one(ClusterState(1, 1000.0, (node("a"), node("b")), (job(),), placed)).node == "b"
+
+
+def test_a_node_on_which_it_failed_is_avoided_unless_there_is_no_other() -> None:
+    assert one(ClusterState(1, 1000.0, (node("a"), node("b")), (job(avoid=("a",)),))).node == "b"
+    assert one(ClusterState(1, 1000.0, (node("a"), node("b", free=0.0)), (job(avoid=("a",)),))).action == "wait"
+    assert one(ClusterState(1, 1000.0, (node("a"),), (job(avoid=("a",)),))).node == "a"
+    assert one(ClusterState(1, 1000.0, (node("a"), node("b", plugins={})), (job(avoid=("a",)),))).node == "a"
+
+
+def test_waiting_counts_as_priority() -> None:
+    young, old = job("young", priority=1), job("old", submitted=1000.0 - 2 * DEFAULTS.aging_s)
+    assert [j.id for j in order(ClusterState(1, 1000.0, (), (young, old)), DEFAULTS)] == ["old", "young"]
+    slightly_older = job("old", submitted=1000.0 - 0.5 * DEFAULTS.aging_s)
+    assert [j.id for j in order(ClusterState(1, 1000.0, (), (slightly_older, young)), DEFAULTS)] == ["young", "old"]
+
+
+def simulate(reserve_after_s: float, seconds: int = 1000) -> float | None:
+    """When a job of 2 cores starts on a node of 2 cores while a job of 1 core and 10 s comes every 5 s, at higher priority."""
+    running: dict[str, float] = {}
+    large = job("large", cpu=2.0, submitted=0.0)
+    waiting: list[PendingJob] = [large]
+    for now in range(0, seconds, 5):
+        running = {id: end for id, end in running.items() if end > now}
+        waiting.append(job(f"small-{now}", submitted=float(now), priority=1))
+        state = ClusterState(now, float(now), (node(free=2.0 - len(running)),), tuple(waiting))
+        for d in decide(state, Settings(reserve_after_s=reserve_after_s)).decisions:
+            if d.action == "place":
+                if d.job == "large":
+                    return float(now)
+                running[d.job] = now + 10.0
+                waiting = [j for j in waiting if j.id != d.job]
+    return None
+
+
+def test_a_stream_of_small_jobs_does_not_starve_a_large_one() -> None:
+    started = simulate(reserve_after_s=120.0)
+    assert started is not None
+    assert started <= DEFAULTS.aging_s + 10.0 + 5.0  # it has caught up with priority 1 by then; the last small ones end
+    assert simulate(reserve_after_s=1e9) is None  # the reservation is what does it
+
+
+def test_settings_refuse_what_makes_no_sense() -> None:
+    for bad in ({"aging_s": 0}, {"weights": {"packing": -1}}, {"wieghts": {}}):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(bad, Settings)
+    assert Settings(weights=Weights(0.0, 0.0, 0.0)).aging_s > 0
+    assert one(ClusterState(1, 1000.0, (node(),), (job(),))).score > 0
+
+
+def test_impossible_needs_every_node_to_be_too_small() -> None:
+    state = ClusterState(1, 1000.0, (node("a", 1.0), node("b", 4.0)), ())
+    assert impossible(job(cpu=4.0), state) == ""
+    assert impossible(job(cpu=5.0), state) == ("can never run: needs 5 cores, node a has 1 in all; "
+                                                "needs 5 cores, node b has 4 in all")  # fmt: skip

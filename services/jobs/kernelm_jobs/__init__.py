@@ -1,0 +1,1 @@
+"""The job table: see README.md for the reading order."""

@@ -1,0 +1,255 @@
+"""Scheduling rounds and what follows from them: placing, handing over, cancelling.
+
+A round is coalesced: however much has changed, the next one sees it all. A placement is on record, with a new epoch,
+before the instance hears of it; whoever held the job before can't write to its record any more.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from kernelm_contracts.jobs import JobRecord
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, Scheduler
+from kernelm_jobs.cluster import Cluster
+from kernelm_jobs.deploy import Deployer
+from kernelm_jobs.deployment import is_replica
+from kernelm_jobs.rounds import Worker, check, choose, cluster_state, deadlock, pending_job, took, workers
+from kernelm_jobs.runs import content_key, method_named
+from kernelm_jobs.settings import Settings
+from kernelm_jobs.states import FINAL, HOLDING, advance, failed
+from kernelm_jobs.table import Table
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault
+from kernelm_sdk.system import CancelJob, Dispatch, Lifecycle
+
+log = logging.getLogger("kernelm.jobs")
+AGAIN_S = 1.0  # until the next round after one that failed
+HOLD_S, HOLD_MAX_S = 0.25, 10.0  # a job that came back waits so long before it is placed again, doubled every time
+
+
+class Dispatcher:
+    """Turns queued jobs into running ones."""
+
+    def __init__(self, bus: Bus, table: Table, cluster: Cluster, deployer: Deployer, settings: Settings) -> None:
+        self._bus, self._table, self._cluster, self._deployer, self._settings = bus, table, cluster, deployer, settings
+        self.condemned: set[str] = set()  # instances that hang and are being stopped: no more jobs for them
+        self._wake = asyncio.Event()
+        self._version = 0
+        self._held: dict[str, tuple[float, int]] = {}  # job -> not before (monotonic), how often it came back
+        self._tasks: set[asyncio.Task[None]] = set()
+        table.listeners.append(self._changed)
+
+    def recover(self) -> None:
+        """After a restart: what was placed may not have been handed over; instances take the same epoch twice in peace."""
+        for job in self._table.jobs.values():
+            if job.state == "placed" and not is_replica(job):
+                self.spawn(self._hand_over(job))
+
+    def wake(self) -> None:
+        """Have another round."""
+        self._wake.set()
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _changed(self, job: JobRecord) -> None:
+        if job.state in FINAL:
+            self._held.pop(job.id, None)
+        if job.state in FINAL or job.state == "queued":
+            self._wake.set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work` in the background, until this service stops; what it raises is logged."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the dispatcher failed", exc_info=error)
+
+    # ---- rounds ----
+
+    async def run(self) -> None:
+        """Rounds for ever: on every change, and when a job may be tried again."""
+        while True:
+            self._wake.clear()
+            pause = await self._round()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):  # not wait_for, which may lose a cancellation (CPython gh-86296)
+                    await self._wake.wait()
+
+    def hold(self, id: str) -> None:
+        """Keep a job that came back from being placed again at once."""
+        _, times = self._held.get(id, (0.0, 0))
+        self._held[id] = time.monotonic() + min(HOLD_S * 2**times, HOLD_MAX_S), times + 1
+
+    async def _round(self) -> float | None:
+        """One round; seconds until the next even if nothing changes, None for no need."""
+        now = time.monotonic()
+        queued = [job for job in self._table.jobs.values() if job.state == "queued"]
+        until = {job.id: self._held.get(job.id, (0.0, 0))[0] - now for job in queued}
+        due = [job for job in queued if until[job.id] <= 0]
+        pause = min((s for s in until.values() if s > 0), default=None)
+        if due:
+            try:
+                pause = min(await self._schedule(due), pause or HOLD_MAX_S)
+            except Fault as fault:
+                log.warning("a round failed: %s", fault)
+                pause = AGAIN_S
+        return pause
+
+    async def _schedule(self, queued: list[JobRecord]) -> float:
+        try:
+            system = await self._cluster.system()
+        except KernelFault as fault:
+            return await self._nobody(queued, f"waits: the kernel does not answer: {fault.message}")
+        reports, manifests = await self._cluster.reports(system), self._cluster.manifests(system)
+        jobs = list(self._table.jobs.values())
+        ready = workers(system, jobs, {name: m.max_jobs for name, m in manifests.items()}, self.condemned)
+        installed = {name: m.contracts for name, m in manifests.items()}
+        pending = [pending_job(job, system, installed) for job in queued]
+        self._version += 1
+        state = cluster_state(self._version, time.time(), jobs, pending, reports, ready, self._settings.quotas)
+        try:
+            answer: Decisions = await self._bus.call(Scheduler.decide, state, timeout_s=10.0)
+        except Fault as fault:
+            return await self._nobody(queued, f"waits: no scheduler decides: {fault.message}")
+        return await self._carry_out(state, answer, ready)
+
+    async def _nobody(self, queued: list[JobRecord], why: str) -> float:
+        for job in queued:
+            await self._table.explain(job.id, why)
+        return AGAIN_S
+
+    async def _carry_out(self, state: ClusterState, answer: Decisions, ready: Sequence[Worker]) -> float:
+        checked = check(state, answer)
+        for id, complaint in checked.refused.items():
+            log.error("a decision on %s is refused: %s", id, complaint)
+            if self._table.jobs.get(id):
+                await self._table.explain(id, f"waits: {complaint}", loudly=True)
+        for decision in checked.accepted:
+            job = self._table.jobs.need(decision.job)
+            if decision.action == "place":
+                ready = await self._place(job, decision, ready)
+            elif decision.action == "reject":
+                await self._reject(job, decision.reason)
+            elif never := deadlock(job, {j.id: j for j in self._table.jobs.values()}, state.nodes):
+                await self._reject(job, never)
+            else:
+                await self._table.explain(job.id, decision.reason)
+        return AGAIN_S if checked.refused else HOLD_MAX_S  # nodes change without an event: look again now and then
+
+    async def _reject(self, job: JobRecord, why: str) -> None:
+        fault = FaultBody("client", "unschedulable", f"{job.spec.name}: {why}", "ask for less, or add a node")
+        await self._table.move(job.id, lambda now: advance(now, "reject", fault=fault, why=why) if now.state == "queued" else now)
+
+    async def _place(self, job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> Sequence[Worker]:
+        """Put the placement on record, then have it carried out; the workers that are left."""
+        instance, key = "", job.key
+        if not is_replica(job):
+            worker = choose(decision, job.spec.uses.rpartition(".")[0], ready)
+            if worker is None:
+                why = f"waits: no instance of {decision.plugin} on {decision.node} does {job.spec.uses}"
+                await self._table.explain(job.id, why)
+                return ready
+            instance = worker.instance
+            key = content_key(job.spec.uses, worker.plugin, worker.version, job.spec.request)  # of what really does it
+            ready = took(ready, instance)
+
+        def place(now: JobRecord) -> JobRecord:
+            if now.state != "queued" or now.epoch != job.epoch:
+                return now
+            return advance(now, "place", node=decision.node, instance=instance, key=key, epoch=now.epoch + 1, why=decision.reason)
+
+        placed = await self._table.move(job.id, place)
+        if placed.state == "placed" and placed.epoch == job.epoch + 1:
+            if is_replica(placed):
+                self._deployer.begin(placed)
+            else:
+                self.spawn(self._hand_over(placed))
+        return ready
+
+    # ---- handing over ----
+
+    async def _hand_over(self, job: JobRecord) -> None:
+        """Call the instance with the job. An answer that is lost is asked for again: the epoch makes it the same call."""
+        spec = job.spec
+        work = Dispatch(job.id, job.epoch, job.attempt + 1, msgspec.Raw(msgspec.json.encode(spec.request)), job.checkpoint,
+                        spec.run, spec.name)  # fmt: skip
+        while _same(self._table.jobs.get(job.id), job):
+            try:
+                await self._bus.dispatch(method_named(spec.uses), work, job.instance)
+            except Fault as fault:
+                if fault.code in ("busy", "no_responders"):
+                    await self._decline(job, fault)
+                    return
+                if isinstance(fault, KernelFault):
+                    log.warning("hand-over of %s to %s: %s", job.id, job.instance, fault.message)
+                    await asyncio.sleep(AGAIN_S)
+                    continue
+                await self.fail(job, fault.body())
+                return
+            await self._table.move(job.id, lambda now: advance(now, "accept") if _unanswered(now, job) else now)
+            return
+
+    async def _decline(self, job: JobRecord, fault: Fault) -> None:
+        self.hold(job.id)
+        why = f"waits: {job.instance} did not take it: {fault.message}"
+        await self._table.move(job.id, lambda now: advance(now, "decline", node="", instance="", why=why)
+                               if _unanswered(now, job) else now)  # fmt: skip
+
+    async def fail(self, job: JobRecord, fault: FaultBody, why: str = "") -> None:
+        """End this attempt of the job, if it is still under way: it is queued again, or dead."""
+        self.hold(job.id)
+        await self._table.move(job.id, lambda now: failed(now, fault, why) if _same(now, job) else now)
+
+    # ---- cancelling ----
+
+    async def cancel(self, id: str, why: str) -> JobRecord:
+        """Cancel a job and its children; what is over already stays as it is. ClientFault "conflict" for a replica that serves."""
+        job = self._table.jobs.need(id)
+        if job.state in HOLDING and is_replica(job) and job.result:
+            raise ClientFault("conflict", f"{id} serves deployment {job.result['model']!r}", "deploy another model under the name")
+        was = job
+
+        def change(now: JobRecord) -> JobRecord:
+            nonlocal was
+            was = now
+            return now if now.state in FINAL else advance(now, "cancel", why=why)
+
+        job = await self._table.move(id, change)
+        if was.state in HOLDING:
+            self.spawn(self._deployer.abort(was) if is_replica(was) else self.tell(was, why))
+        await self.cancel_children(id, f"{why} (its parent)")
+        return job
+
+    async def cancel_children(self, id: str, why: str) -> None:
+        for child in self._table.jobs.values():
+            if child.spec.parent == id and child.state not in FINAL:
+                await self.cancel(child.id, why)
+
+    async def tell(self, job: JobRecord, why: str) -> None:
+        """Tell the instance that the job is not wanted any more; if it does not hear, its next report is refused."""
+        try:
+            await self._bus.call(Lifecycle.cancel, CancelJob(job.id, job.epoch, why), instance=job.instance, timeout_s=10.0)
+        except Fault as fault:
+            log.warning("%s was not told that %s is cancelled: %s", job.instance, job.id, fault.message)
+
+
+def _same(now: JobRecord | None, job: JobRecord) -> bool:
+    """Whether the job is still under way as this owner's."""
+    return now is not None and now.epoch == job.epoch and now.state in HOLDING
+
+
+def _unanswered(now: JobRecord, job: JobRecord) -> bool:
+    """Whether the placement stands and the instance has neither accepted nor reported yet."""
+    return _same(now, job) and now.state == "placed"

@@ -1,0 +1,84 @@
+"""`work/1`: what instances report on their jobs. A report is believed only from the owner of the job's present epoch."""
+
+import logging
+
+import msgspec
+
+from kernelm_contracts.jobs import JobRecord
+from kernelm_jobs.dispatch import Dispatcher
+from kernelm_jobs.intake import Intake
+from kernelm_jobs.runs import normalized, signature
+from kernelm_jobs.states import HOLDING, advance, failed
+from kernelm_jobs.table import Table
+from kernelm_sdk.errors import ClientFault, PluginFault
+from kernelm_sdk.system import Progress, Report
+
+log = logging.getLogger("kernelm.jobs")
+
+
+class Reports:
+    """Writes reports into the records."""
+
+    def __init__(self, table: Table, intake: Intake, dispatcher: Dispatcher) -> None:
+        self._table, self._intake, self._dispatcher = table, intake, dispatcher
+
+    async def report(self, report: Report, caller: str) -> None:
+        """Write one report; ClientFault "stale_epoch", with nothing changed, if the caller does not hold the job now."""
+        job = self._table.jobs.need(report.job)
+        if self._repeated(job, report, caller):
+            if job.state == "done":
+                await self._intake.keep(job)
+            return
+        self._fence(job, report, caller)
+        if job.state == "placed":
+            job = await self._table.move(job.id, lambda now: advance(self._fence(now, report, caller), "accept"))
+        if report.progress is not None:
+            await self._table.progress(job.id, report.epoch, report.progress)
+        if report.checkpoint:
+            await self._checkpoint(report, caller)
+        if report.fault is not None:
+            fault = report.fault
+            self._dispatcher.hold(job.id)
+            await self._table.move(job.id, lambda now: failed(self._fence(now, report, caller), fault))
+        elif report.result is not None:
+            await self._result(job, report, caller)
+
+    def _fence(self, now: JobRecord, report: Report, caller: str) -> JobRecord:
+        if now.epoch == report.epoch and now.state in HOLDING and now.instance == caller:
+            return now
+        raise ClientFault("stale_epoch", f"job {now.id} is {now.state} at epoch {now.epoch} of {now.instance or 'nobody'}; "
+                          f"{caller} reports for epoch {report.epoch}", "stop working on it")  # fmt: skip
+
+    def _repeated(self, now: JobRecord, report: Report, caller: str) -> bool:
+        """Whether this is the last report again, whose answer was lost: then it is answered as before."""
+        if now.epoch != report.epoch or now.instance != caller or now.state in HOLDING:
+            return False
+        if report.fault is not None:
+            return now.state in ("queued", "dead") and now.fault == report.fault
+        return now.state == "done" and report.result is not None and not report.checkpoint
+
+    async def _checkpoint(self, report: Report, caller: str) -> None:
+        def change(now: JobRecord) -> JobRecord:
+            now = self._fence(now, report, caller)
+            return now if now.checkpoint == report.checkpoint else msgspec.structs.replace(now, checkpoint=report.checkpoint)
+
+        await self._table.move(report.job, change)
+
+    async def _result(self, job: JobRecord, report: Report, caller: str) -> None:
+        """A result that is none fails the attempt, and says so to the one who sent it."""
+        try:
+            result = normalized(report.result, signature(job.spec.uses)[1])
+            done = await self._table.move(job.id, lambda now: advance(
+                self._fence(now, report, caller), "finish", result=result, fault=None, why="",
+                progress=Progress(1.0, "done", metrics=now.progress.metrics)))  # fmt: skip
+        except msgspec.ValidationError as error:
+            fault = PluginFault("invalid_result", f"result of {job.spec.uses} from {caller}: {error}", "the plugin has a bug")
+        except ClientFault as refusal:
+            if refusal.code != "too_large":
+                raise
+            fault = PluginFault("too_large", f"result of {job.spec.uses} from {caller}: {refusal.message}", refusal.remedy)
+        else:
+            await self._intake.keep(done)
+            return
+        await self._dispatcher.fail(job, fault.body())
+        raise ClientFault(fault.code, fault.message, fault.remedy)

@@ -1,0 +1,26 @@
+"""Settings of the job table, from `<home>/jobs.toml` where there is one."""
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import Resources
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Units: `_s` in seconds."""
+
+    quotas: dict[str, Resources] = {}  # tenant -> most it may hold at once; a tenant without an entry has no limit
+    watch_every_s: float = 2.0  # between looks at instances and deadlines
+    probe_every_s: float = 5.0  # between questions to an instance whether it still works on its jobs
+    deploy_s: float = 300.0  # a pool that has no ready instance by then has failed to deploy
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings in the file `path`, the defaults if there is none; ClientFault that names file and field."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), Settings) if path.exists() else Settings()
+    except (OSError, ValueError, msgspec.ValidationError) as error:
+        raise ClientFault("invalid", f"{path}: {error}", "see services/jobs/README.md, 'Settings'") from None

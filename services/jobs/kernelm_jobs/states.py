@@ -1,0 +1,72 @@
+"""The states of a job, as ONE table. `python -m kernelm_jobs.states` prints it as a Mermaid diagram."""
+
+import time
+from typing import Any
+
+from msgspec import structs
+
+from kernelm_contracts.jobs import JobRecord, JobState
+from kernelm_sdk.errors import ClientFault, FaultBody
+
+# (state, what happens) -> next state. What is not in the table can't happen: `advance` raises and changes nothing.
+TRANSITIONS: dict[tuple[str, str], JobState] = {
+    ("", "submit"): "queued",
+    ("", "reuse"): "done",              # a job of the same content has a result; this one gets a copy
+    ("queued", "place"): "placed",      # node, instance and a new epoch are on record; from here on it holds resources
+    ("queued", "reject"): "dead",       # no node could ever run it
+    ("queued", "cancel"): "cancelled",
+    ("placed", "accept"): "running",    # the instance took it, or reported before its answer came
+    ("running", "accept"): "running",   # the answer came after the first report
+    ("placed", "decline"): "queued",    # the instance was busy or gone: nothing was begun, no attempt is counted
+    ("placed", "fail"): "queued",       # fault, lost instance or silence: again, from the last checkpoint
+    ("running", "fail"): "queued",
+    ("placed", "exhaust"): "dead",      # the same, after the last attempt, or a fault that does not get better
+    ("running", "exhaust"): "dead",
+    ("placed", "finish"): "done",       # the result came before the answer to the dispatch
+    ("running", "finish"): "done",
+    ("running", "serve"): "running",    # a replica's pool answers under its name; it keeps its resources
+    ("running", "supersede"): "done",   # another replica has taken over the name
+    ("placed", "cancel"): "cancelled",
+    ("running", "cancel"): "cancelled",
+}  # fmt: skip
+HOLDING = frozenset({"placed", "running"})  # these hold what they have requested
+FINAL = frozenset({"done", "dead", "cancelled"})
+
+
+def step(state: str, happening: str) -> JobState:
+    """The next state; ClientFault "illegal_transition" where the table has none."""
+    try:
+        return TRANSITIONS[state, happening]
+    except KeyError:
+        legal = sorted(h for s, h in TRANSITIONS if s == state)
+        raise ClientFault("illegal_transition", f"{happening!r} can't happen to a job that is {state or 'new'!r}",
+                          f"possible: {', '.join(legal) or 'nothing'}") from None  # fmt: skip
+
+
+def advance(record: JobRecord, happening: str, **changes: Any) -> JobRecord:
+    """`record` after `happening`, with `changes` and the time of a start or an end; ClientFault if it can't happen."""
+    state = step(record.state, happening)
+    if state == "running" and record.state != "running":
+        changes["started"] = time.time()
+    if state in FINAL:
+        changes["finished"] = time.time()
+    return structs.replace(record, state=state, **changes)
+
+
+def failed(record: JobRecord, fault: FaultBody, why: str = "") -> JobRecord:
+    """`record` after its attempt failed: queued again, or dead when the attempts are used up or bad input is to blame,
+    which does not get better. Its node stays on record as the one to avoid, its checkpoint as the one to resume from."""
+    attempt = record.attempt + 1
+    hopeless = fault.whose == "client" and not fault.retriable
+    happening = "exhaust" if hopeless or attempt >= record.spec.attempts else "fail"
+    return advance(record, happening, attempt=attempt, fault=fault, why=why or fault.message)
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram."""
+    lines = [f"    {s or '[*]'} --> {t}: {h}" for (s, h), t in TRANSITIONS.items()]
+    return "\n".join(["stateDiagram-v2", *lines, *(f"    {s} --> [*]" for s in sorted(FINAL))])
+
+
+if __name__ == "__main__":
+    print(diagram())

@@ -1,0 +1,211 @@
+"""A whole system with the job table as a process of its own, and plugins that do what a test tells them."""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kernelm.testing.harness import System, until
+from kernelm_contracts.data import Data, DatasetCard, Prepared, PrepareRequest
+from kernelm_contracts.jobs import JobName, JobRecord, Jobs, RunName, RunRecord, RunSpec, RunView
+from kernelm_contracts.server import ServedModel, Server
+from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
+from kernelm_scheduler.plugin import SchedulerPlugin
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.enrollment import join
+from kernelm_sdk.plugin import Context, Job, Manifest, Plugin, Resources, load_plugin
+from kernelm_sdk.runner import Member
+from kernelm_sdk.system import (
+    Diagnosis,
+    Empty,
+    ExitReport,
+    InstanceName,
+    Kernel,
+    NodeReport,
+    PoolSpec,
+    Running,
+    StartInstance,
+)
+
+SETTINGS = "watch_every_s = 0.2\nprobe_every_s = 0.4\ndeploy_s = 10.0\n"
+Act = Callable[[TrainRequest, Job], Awaitable[Trained]]
+
+
+def digest(model: str) -> str:
+    return "sha256:" + hashlib.sha256(model.encode()).hexdigest()
+
+
+def trained(model: str = "m", accuracy: float = 0.9) -> Trained:
+    return Trained(model, "encoder", "adamw", 1, Scores("validation", 1, accuracy, accuracy, accuracy))
+
+
+class ScriptedData(Plugin, Data):
+    async def prepare(self, request: PrepareRequest, job: Job) -> Prepared:
+        return Prepared("d", 3, ("a", "b"), {"train": 3}, DatasetCard(request.name, ("a", "b"), (), {}, 256))
+
+
+class ScriptedTrainer(Plugin, Trainer):
+    """Does what `acts` says for the job's name, and counts."""
+
+    acts: dict[str, Act] = {}
+    done: list[tuple[str, int, str]] = []  # job's name, attempt, checkpoint
+
+    async def train(self, request: TrainRequest, job: Job) -> Trained:
+        self.done.append((job.name, job.attempt, job.checkpoint))
+        act = self.acts.get(job.name)
+        return await act(request, job) if act else trained(f"model of {request.dataset}")
+
+
+class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    model: ServedModel | None = None
+
+
+class ScriptedServer(Plugin, Server):
+    Settings = ServerSettings
+
+    async def start(self) -> None:
+        if self.settings.model and self.settings.model.artifact == digest("broken"):
+            raise RuntimeError("no such model")
+        delays = {digest("slow"): 60.0, digest("slowish"): 2.5}
+        await asyncio.sleep(delays.get(self.settings.model.artifact, 0.0) if self.settings.model else 0.0)
+
+    def models(self) -> tuple[str, ...]:
+        return (self.settings.model.name,) if self.settings.model else ()
+
+
+FACTORIES: dict[str, type[Plugin]] = {
+    "data": ScriptedData, "trainer": ScriptedTrainer, "encoder": ScriptedServer, "scheduler": SchedulerPlugin,
+}  # fmt: skip
+
+
+class InProcessNode:
+    """`node/1` with instances as tasks of the test; `kill` ends one as `kill -9` would."""
+
+    def __init__(self, system: System, bus: Bus, home: Path) -> None:
+        self.system, self.bus, self.capacity = system, bus, Resources(2.0, 8000)
+        self.factories = dict(FACTORIES)
+        self.members: dict[str, tuple[Member, asyncio.Task[None]]] = {}
+        self.stopped: list[str] = []
+
+    async def start_instance(self, request: StartInstance) -> None:
+        bus = await self.system.track(Bus.connect(self.system.broker.url, await join(self.system.broker.url, request.token)))
+        manifest = MANIFESTS[request.plugin]
+        scratch = self.system.home / "scratch" / request.instance
+        scratch.mkdir(parents=True, exist_ok=True)
+        context = Context(bus, request.instance, request.pool, manifest, scratch)
+        member = Member(bus, request.instance, manifest.name, manifest.version, manifest.contracts, manifest.max_jobs)
+
+        async def build(settings: dict[str, Any]) -> Plugin:
+            return load_plugin(manifest, context, settings, self.factories[request.plugin])
+
+        task = asyncio.create_task(member.run(build))
+        self.members[request.instance] = (member, task)
+        task.add_done_callback(lambda done: self._ended(request.instance, done))
+
+    def _ended(self, instance: str, task: asyncio.Task[None]) -> None:
+        code = -9 if task.cancelled() else int(task.exception() is not None)
+        self.members.pop(instance, None)
+        report = asyncio.ensure_future(self.bus.call(Kernel.exited, ExitReport(instance, code, "killed" if code == -9 else "")))
+        report.add_done_callback(lambda r: r.cancelled() or r.exception())
+
+    async def kill(self, instance: str) -> None:
+        member, task = self.members[instance]
+        await member.bus._client.close()  # at once: nothing is flushed
+        task.cancel()
+
+    async def start(self, request: StartInstance | None = None, call: Any = None) -> Running | None:
+        if request is None:  # the service itself starts
+            return None
+        await self.start_instance(request)
+        return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
+
+    async def stop(self, request: InstanceName | None = None, call: Any = None) -> Empty:
+        if request is not None and (entry := self.members.get(request.instance)):
+            self.stopped.append(request.instance)
+            entry[0].stopping.set()
+            await asyncio.wait([entry[1]], timeout=min(request.grace_s, 0.5))
+            if not entry[1].done():
+                await self.kill(request.instance)
+        return Empty()
+
+    async def report(self, request: Empty, call: Any) -> NodeReport:
+        return NodeReport("local", self.capacity, self.capacity, (), dict.fromkeys(MANIFESTS, "1"))
+
+    async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
+        return Diagnosis(request.instance, "", "")
+
+
+def _manifest(name: str, contract: str, **more: Any) -> Manifest:
+    return Manifest(name, "1", "scripted", (contract,), "conftest:Scripted", default=False, calls=("jobs/1",), **more)
+
+
+MANIFESTS = {"data": _manifest("data", "data/1"), "trainer": _manifest("trainer", "trainer/1"),
+             "encoder": _manifest("encoder", "server/1"), "scheduler": _manifest("scheduler", "scheduler/1")}  # fmt: skip
+
+
+class Kit:
+    """What a test of the job table needs."""
+
+    trained, digest = staticmethod(trained), staticmethod(digest)
+
+    def __init__(self, system: System, node: InProcessNode) -> None:
+        self.system, self.node, self.acts, self.done = system, node, ScriptedTrainer.acts, ScriptedTrainer.done
+        self.factories = node.factories
+        self.bus = system.admin
+
+    async def pools(self, *names: str) -> None:
+        await asyncio.gather(*(self.system.pool(PoolSpec(name, name)) for name in names))
+
+    async def submit(self, *stages: dict[str, Any], name: str = "news") -> RunRecord:
+        spec = {"name": name, "stage": [{"name": s["uses"].rpartition(".")[2]} | s for s in stages]}
+        run: RunRecord = await self.bus.call(Jobs.submit_run, msgspec.convert(spec, RunSpec))
+        return run
+
+    async def view(self, run: str) -> RunView:
+        view: RunView = await self.bus.call(Jobs.get_run, RunName(run))
+        return view
+
+    async def end(self, run: str, timeout_s: float = 20.0) -> RunView:
+        async def over() -> RunView | None:
+            view = await self.view(run)
+            return view if view.run.state != "running" else None
+
+        view: RunView = await until(over, timeout_s, f"the end of {run}")
+        return view
+
+    async def job(self, id: str, wanted: Callable[[JobRecord], Any], timeout_s: float = 20.0) -> JobRecord:
+        async def there() -> JobRecord | None:
+            with contextlib.suppress(Exception):
+                job: JobRecord = await self.bus.call(Jobs.get, JobName(id), timeout_s=2.0)
+                return job if wanted(job) else None
+            return None
+
+        job: JobRecord = await until(there, timeout_s, f"job {id}")
+        return job
+
+    async def restart_jobs(self) -> None:
+        """`kill -9` of the service, and a new one."""
+        self.system.processes["jobs"].kill()
+        await asyncio.to_thread(self.system.processes["jobs"].wait)
+        await self.system.service("jobs")
+
+
+@pytest.fixture
+async def kit() -> AsyncIterator[Kit]:
+    ScriptedTrainer.acts, ScriptedTrainer.done = {}, []
+    async with System(manifests=dict(MANIFESTS)) as system:
+        (system.home / "jobs.toml").write_text(SETTINGS)
+        bus = await system.connect("node-local")
+        node = InProcessNode(system, bus, system.home)
+
+        async def build(_: dict[str, Any]) -> InProcessNode:
+            return node
+
+        await system.member(Member(bus, "node-local", "node", "", ("node/1",)), build)
+        await system.service("jobs")
+        yield Kit(system, node)

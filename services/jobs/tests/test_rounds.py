@@ -1,0 +1,139 @@
+"""A round as pure functions: what the scheduler sees, and which of its decisions are refused."""
+
+import msgspec
+import pytest
+
+from kernelm_contracts.jobs import JobRecord, JobSpec
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, NodeState, PendingJob, PlacedJob
+from kernelm_jobs.deployment import Deployment, DeployRequest, already_serves, outdated_pools, pool_spec, trouble
+from kernelm_jobs.rounds import check, choose, cluster_state, deadlock, pending_job, plugins_for, workers
+from kernelm_sdk.system import Destination, Instance, NodeReport, PoolSpec, Resources, Route, SystemState
+
+
+def instance(id: str, plugin: str = "trainer", state: str = "ready", pool: str = "", contract: str = "trainer/1") -> Instance:
+    return Instance(id, plugin, "1", pool or plugin, "local", state, (contract,))
+
+
+MODEL, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+SERVING = "news-g1-aaaaaaaa"
+MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local")
+SYSTEM = SystemState(
+    (instance("t-1"), instance("t-2"), instance("t-3", state="draining"), instance("e-1", "encoder", contract="server/1"),
+     instance("e-2", "encoder", pool=SERVING, contract="server/1"), instance("x-1", "other", pool="other")),
+    (PoolSpec("trainer", "trainer"), PoolSpec("encoder", "encoder"), MODEL_POOL),
+    (Route("trainer/1", "svc", (Destination("trainer", 100),)),), 1,
+)  # fmt: skip
+REPORT = NodeReport("local", Resources(2.0, 8000), Resources(1.0, 4000), (), {"trainer": "1", "encoder": "1"})
+
+
+def job(id: str, state: str = "queued", cpu: float = 1.0, **more) -> JobRecord:
+    fields = {k: more.pop(k) for k in ("node", "instance") if k in more}
+    values = {"uses": "trainer/1.train", "request": {"dataset": "sha256:" + "d" * 64}, "resources": Resources(cpu, 512)} | more
+    return JobRecord(id, JobSpec(id, **values), "key", state, **fields)
+
+
+def test_the_scheduler_sees_what_jobs_left() -> None:
+    jobs = [job("a"), job("b", "running", 0.5, node="local", instance="t-1"), job("c", "done", node="local", instance="t-2"),
+            job("d", uses="deploy", request={"name": "news", "model": MODEL})]  # fmt: skip
+    ready = workers(SYSTEM, jobs, {"encoder": 2})
+    assert {w.instance: w.free for w in ready} == {"t-1": 0, "t-2": 1, "e-1": 2, "x-1": 1}  # no draining one, none that serves
+    assert {w.instance for w in workers(SYSTEM, jobs, {}, {"t-2"})} == {"t-1", "e-1", "x-1"}
+    pending = [pending_job(j, SYSTEM, {}) for j in jobs if j.state == "queued"]
+    state = cluster_state(7, 100.0, jobs, pending, [REPORT], ready, {"default": Resources(9.0, 9)})
+    assert state.nodes == (NodeState("local", Resources(2.0, 8000), Resources(1.5, 7488),
+                                     {"trainer": 1, "encoder": 2, "other": 1, "pool:encoder": 1}),)  # fmt: skip
+    assert [(p.id, p.plugins, p.artifacts) for p in state.pending] == [("a", ("trainer",), ("sha256:" + "d" * 64,)),
+                                                                      ("d", ("pool:encoder",), (MODEL,))]  # fmt: skip
+    assert [(p.id, p.node) for p in state.placed] == [("b", "local")]
+
+
+def test_the_plugin_is_the_user_s_choice_then_the_route_s() -> None:
+    installed = {"mock": ("data/1",)}
+    assert plugins_for("trainer/1", "other", SYSTEM, installed) == ("other",)
+    assert plugins_for("trainer/1", "", SYSTEM, installed) == ("trainer",)  # `other` is ready too, but not routed to
+    assert plugins_for("server/1", "", SYSTEM, installed) == ("encoder",)
+    assert plugins_for("data/1", "", SYSTEM, installed) == ("mock",)
+    assert pending_job(job("a", uses="optimizer/1.optimize"), SYSTEM, installed).plugins == ("optimizer/1",)
+
+
+STATE = ClusterState(
+    3, 100.0, (NodeState("local", Resources(2.0, 8000), Resources(1.5, 8000), {"trainer": 2}),),
+    tuple(PendingJob(id, id, Resources(cpu, 512), ("trainer",), tenant=tenant)
+          for id, cpu, tenant in (("a", 1.0, "default"), ("b", 0.5, "default"), ("c", 0.25, "acme"), ("d", 0.25, "acme"))),
+    (PlacedJob("p", "local", Resources(0.5, 0), tenant="acme"),), {"acme": Resources(0.8, 9000)},
+)  # fmt: skip
+
+
+def place(id: str, node: str = "local", plugin: str = "trainer") -> Decision:
+    return Decision(id, "place", node, plugin, "because")
+
+
+def wait(*ids: str) -> list[Decision]:
+    return [Decision(id, "wait", reason="waits") for id in ids]
+
+
+@pytest.mark.parametrize(("decisions", "refused"), [
+    ([place("a"), place("b"), *wait("c", "d")], {}),
+    ([place("a"), place("a"), *wait("b", "c", "d")], {"a": "the scheduler decided on it twice"}),
+    ([place("a", "mars"), *wait("b", "c", "d")], {"a": "the scheduler placed it on 'mars', which is no node"}),
+    ([place("a", plugin="data"), *wait("b", "c", "d")], {"a": "the scheduler gave it to plugin 'data', which can't do it"}),
+    ([place("b"), place("c"), place("a"), *wait("d")], {"a": "the scheduler gave it to trainer on local, which has no free slot"}),
+    ([place("c"), place("d"), *wait("a", "b")], {"d": "the scheduler broke the quota of tenant acme"}),
+    ([*wait("a", "b", "c")], {"d": "the scheduler gave no decision"}),
+    ([*wait("a", "b", "c", "d", "z")], {"z": "the scheduler decided on a job that does not wait"}),
+    ([Decision("a", "wait"), *wait("b", "c", "d")], {"a": "the scheduler gave no reason to wait"}),
+])  # fmt: skip
+def test_bad_decisions_are_refused_and_the_others_stand(decisions: list[Decision], refused: dict[str, str]) -> None:
+    checked = check(STATE, Decisions(3, tuple(decisions)))
+    assert checked.refused.keys() == refused.keys()
+    assert all(checked.refused[id].startswith(text) for id, text in refused.items())
+    assert len(checked.accepted) == len(decisions) - len(refused.keys() & {d.job for d in decisions})
+
+
+def test_oversubscription_is_refused() -> None:
+    greedy = msgspec.structs.replace(STATE.pending[1], request=Resources(0.6, 1))
+    state = msgspec.structs.replace(STATE, pending=(STATE.pending[0], greedy))
+    checked = check(state, Decisions(3, (place("a"), place("b"))))
+    assert checked.refused["b"].startswith("the scheduler oversubscribed node local")
+    assert [d.job for d in checked.accepted] == ["a"]
+
+
+def test_decisions_on_another_version_are_all_refused() -> None:
+    checked = check(STATE, Decisions(2, (place("a"),)))
+    assert checked.accepted == []
+    assert set(checked.refused) == {"a", "b", "c", "d"}
+
+
+def test_the_instance_with_the_most_room_is_chosen() -> None:
+    ready = workers(SYSTEM, [job("b", "running", node="local", instance="t-1")], {"trainer": 2})
+    chosen = choose(place("a"), "trainer/1", ready)
+    assert chosen is not None
+    assert chosen.instance == "t-2"
+    assert choose(place("a", plugin="encoder"), "trainer/1", ready) is None
+
+
+def test_a_child_that_can_never_run_beside_its_parent_is_found() -> None:
+    nodes = [NodeState("local", Resources(2.0, 8000), Resources(0.0, 0))]
+    jobs = {j.id: j for j in (job("parent", "running", 1.5, node="local"), job("child", cpu=1.0, parent="parent"),
+                              job("small", cpu=0.5, parent="parent"), job("stranger", cpu=1.0))}  # fmt: skip
+    assert "parent holds 1.5 cores" in deadlock(jobs["child"], jobs, nodes)
+    assert deadlock(jobs["small"], jobs, nodes) == ""
+    assert deadlock(jobs["stranger"], jobs, nodes) == ""
+    assert deadlock(jobs["child"], jobs, [*nodes, NodeState("second", Resources(1.0, 600), Resources(0.0, 0))]) == ""
+
+
+def test_deployments() -> None:
+    record = Deployment("news", 1, MODEL, SERVING, "encoder", "j")
+    assert MODEL_POOL.settings == {"model": {"name": "news", "artifact": MODEL, "generation": 1}}
+    assert already_serves(DeployRequest("news", MODEL), record, SYSTEM)
+    assert not already_serves(DeployRequest("news", OTHER), record, SYSTEM)
+    assert not already_serves(DeployRequest("news", MODEL), record, msgspec.structs.replace(SYSTEM, instances=()))
+    assert outdated_pools(record, SYSTEM) == []
+    assert outdated_pools(Deployment("news", 2, OTHER, "news-g2-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
+    assert outdated_pools(Deployment("news", 1, OTHER, "news-g1-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
+    starting = msgspec.structs.replace(SYSTEM, pools=(*SYSTEM.pools, pool_spec(DeployRequest("news", OTHER), 2, "local")))
+    assert outdated_pools(record, starting) == []  # the next generation is none of the current one's business
+    fault = trouble(SERVING, msgspec.structs.replace(SYSTEM, health={f"pool {SERVING}": "quarantined: 6 failures"}))
+    assert fault is not None
+    assert fault.message == f"pool {SERVING} is quarantined: 6 failures"
+    assert trouble(SERVING, SYSTEM) is None

@@ -1,0 +1,68 @@
+"""The table of states: every pair that is not in it raises, and changes nothing."""
+
+import itertools
+
+import msgspec
+import pytest
+
+from kernelm_contracts.jobs import JobRecord, JobSpec
+from kernelm_jobs.states import FINAL, HOLDING, TRANSITIONS, advance, diagram, failed
+from kernelm_sdk.errors import ClientFault, FaultBody
+
+STATES = ("queued", "placed", "running", "done", "dead", "cancelled")
+HAPPENINGS = sorted({h for _, h in TRANSITIONS})
+
+
+def record(state: str = "running", **more) -> JobRecord:
+    fields = {"epoch": 2, "node": "local"} | more
+    return JobRecord("j", JobSpec("train", "trainer/1.train", {}, attempts=3), "key", state, **fields)
+
+
+@pytest.mark.parametrize(("state", "happening"), list(itertools.product(STATES, HAPPENINGS)))
+def test_what_is_not_in_the_table_changes_nothing(state: str, happening: str) -> None:
+    job = record(state)
+    before = msgspec.json.encode(job)
+    if (state, happening) in TRANSITIONS:
+        assert advance(job, happening).state == TRANSITIONS[state, happening]
+    else:
+        with pytest.raises(ClientFault, match="can't happen") as refusal:
+            advance(job, happening, node="elsewhere")
+        assert refusal.value.code == "illegal_transition"
+    assert msgspec.json.encode(job) == before
+
+
+def test_final_states_have_no_way_out_and_all_states_are_reachable() -> None:
+    assert not [pair for pair in TRANSITIONS if pair[0] in FINAL]
+    assert set(TRANSITIONS.values()) == set(STATES)
+    assert {s for (s, h) in TRANSITIONS if h in ("accept", "fail", "exhaust", "finish")} == HOLDING
+
+
+def test_times_are_set_by_the_transition() -> None:
+    started = advance(record("placed"), "accept")
+    assert started.started > 0
+    assert started.finished == 0
+    assert advance(started, "accept").started == started.started
+    assert advance(started, "finish").finished >= started.started
+
+
+def test_failures_are_retried_until_the_attempts_are_used_up() -> None:
+    fault = FaultBody("plugin", "internal", "boom")
+    job = record(checkpoint="sha256:c")
+    states = []
+    while job.state in HOLDING:
+        job = failed(job, fault)
+        states.append(job.state)
+        if job.state == "queued":
+            assert job.checkpoint == "sha256:c"
+            job = advance(advance(job, "place", epoch=job.epoch + 1), "accept")
+    assert states == ["queued", "queued", "dead"]
+    assert (job.attempt, job.fault, job.why) == (3, fault, "boom")
+
+
+def test_bad_input_does_not_get_better() -> None:
+    assert failed(record(), FaultBody("client", "invalid", "no such label")).state == "dead"
+    assert failed(record(), FaultBody("client", "busy", "later", retriable=True)).state == "queued"
+
+
+def test_the_diagram_shows_every_transition() -> None:
+    assert diagram().count("-->") == len(TRANSITIONS) + len(FINAL)

@@ -1,0 +1,1 @@
+"""One machine: reports its resources, starts and stops instances in their runtimes."""

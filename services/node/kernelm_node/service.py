@@ -1,0 +1,298 @@
+"""The service `node/1`: starts instances, watches them, tells the kernel how they ended."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import psutil
+
+from kernelm_node.diagnosis import diagnose, last_lines
+from kernelm_node.handles import Handles
+from kernelm_node.resources import MB, Machine, read_settings
+from kernelm_node.runtimes import RUNTIMES, find_runtime
+from kernelm_node.runtimes.runtime import HANDLE_VERSION, UNKNOWN_CODE, Exit, Handle, Launch, Task
+from kernelm_sdk.contract import token
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault, invalid
+from kernelm_sdk.plugin import find_manifests
+from kernelm_sdk.system import Diagnosis, Empty, ExitReport, InstanceName, Kernel, NodeReport, Running, StartInstance
+
+log = logging.getLogger("kernelm.node")
+LOG_BYTES = 16 * MB  # a log that is larger when its instance starts is put aside as <name>.log.1
+KILL_S = 10.0  # from SIGKILL to the end; longer means that it hangs in the kernel
+FAREWELL_S = 2.0  # for the last reports to the kernel when the node itself stops
+
+
+class Caller(Protocol):
+    """What the service needs of the bus."""
+
+    user: str
+
+    async def call(self, declared: Any, request: msgspec.Struct, *, timeout_s: float = ..., patience_s: float = ...) -> Any: ...
+
+
+class Entry:
+    """One instance that this node answers for."""
+
+    def __init__(self, handle: Handle, task: Task) -> None:
+        self.handle, self.task = handle, task
+        self.asked = False  # to stop: its end is no failure
+        self.ended = asyncio.Event()
+
+    def running(self) -> Running:
+        h = self.handle
+        return Running(h.instance, h.pool, h.plugin, h.runtime, self.task.pid)
+
+
+class NodeService:
+    """One machine. What it starts outlives it when it is killed, and is adopted by its successor."""
+
+    def __init__(self, bus: Caller, home: Path) -> None:
+        self._bus, self._home = bus, home
+        self.name = bus.user.removeprefix("node-")
+        self._machine = Machine(read_settings(os.environ))
+        self._handles = Handles(home / "run" / "instances")
+        self._entries: dict[str, Entry] = {}  # in the order of their start
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._starting = asyncio.Lock()  # one at a time, so that a repeated request finds what the first one started
+        for folder in ("logs", "scratch", "run/tokens"):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+        (home / "run" / "tokens").chmod(0o700)
+
+    # ---- node/1 ----
+
+    async def start(self, request: StartInstance | None = None, call: Any = None) -> Running | None:
+        """node/1.start. Repeating it is harmless. Without a request it is the runner's hook of the same name: adopt what
+        an earlier node process started."""
+        if request is None:
+            await self._adopt()
+            return None
+        async with self._starting:
+            if entry := self._entries.get(request.instance):
+                if (entry.handle.pool, entry.handle.plugin) != (request.pool, request.plugin):
+                    raise ClientFault("already_exists", f"{request.instance} runs: {entry.running()}", "choose another name")
+                return entry.running()
+            await self._check(request)
+            return (await self._launch(request)).running()
+
+    async def stop(self, request: InstanceName | None = None, call: Any = None) -> Empty:
+        """node/1.stop: ask it to stop, kill it with all it started after `grace_s`; returns when it has ended. One that
+        does not run is stopped already. Without a request, the runner's hook: stop all, the latest first."""
+        if request is None:
+            await self._stop_all()
+        elif entry := self._entries.get(request.instance):
+            await self._end(entry, request.grace_s)
+        return Empty()
+
+    async def report(self, request: Empty, call: Any) -> NodeReport:
+        """What this machine has, and what runs on it."""
+        manifests, broken = await asyncio.to_thread(find_manifests)
+        for name, reason in broken.items():
+            log.warning("plugin %s is left out: %s", name, reason)
+        running = tuple(e.running() for e in self._entries.values())
+        free = self._machine.free(e.handle.needs for e in self._entries.values())
+        return NodeReport(self.name, self._machine.capacity(), free, running, {m.name: m.version for m in manifests.values()},
+                          {name: runtime.can for name, runtime in RUNTIMES.items()})  # fmt: skip
+
+    async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
+        """How an instance is, or how it ended, with the last lines of its log."""
+        path = self._log_of(_name(request.instance, "instance"))
+        if entry := self._entries.get(request.instance):
+            lines = await asyncio.to_thread(last_lines, path, entry.handle.log_offset)
+            return Diagnosis(request.instance, _alive(entry), "\n".join(lines))
+        if not path.exists():
+            raise ClientFault("not_found", f"instance {request.instance} never ran on node {self.name}",
+                              "`kernelm ps` lists what runs")  # fmt: skip
+        lines = await asyncio.to_thread(last_lines, path)
+        advice = diagnose(Exit(UNKNOWN_CODE, "it is not running"), lines).partition("\n")[0]
+        return Diagnosis(request.instance, advice, "\n".join(lines))
+
+    # ---- starting ----
+
+    async def _check(self, request: StartInstance) -> None:
+        for what in ("instance", "plugin", "pool"):
+            _name(getattr(request, what), what)
+        find_runtime(request.runtime)
+        manifests, broken = await asyncio.to_thread(find_manifests)
+        if request.plugin not in manifests:
+            raise ClientFault("unknown_plugin", f"node {self.name} has no plugin {request.plugin!r}",
+                              broken.get(request.plugin) or f"installed are {', '.join(sorted(manifests)) or 'none'}")  # fmt: skip
+        offered = manifests[request.plugin].runtimes
+        if request.runtime not in offered:
+            raise ClientFault("unsupported_runtime", f"plugin {request.plugin!r} does not run as {request.runtime!r}",
+                              f"its manifest says runtimes = {', '.join(offered)}")  # fmt: skip
+
+    async def _launch(self, request: StartInstance) -> Entry:
+        """The handle is written before and after: a node that is killed in between leaves a trace to find it by."""
+        name, path = request.instance, self._log_of(request.instance)
+        scratch, secret = self._home / "scratch" / name, self._home / "run" / "tokens" / name
+        handle = Handle(HANDLE_VERSION, request.runtime, name, request.plugin, request.pool, request.needs, time.time(),
+                        str(path), _rotate(path))  # fmt: skip
+        task: Task | None = None
+        try:
+            self._handles.write(handle)
+            scratch.mkdir(mode=0o700, exist_ok=True)
+            _write_secret(secret, request.token)
+            environment = self._environment(request, scratch, secret)
+            launch = Launch(name, request.plugin, request.pool, environment, scratch, path, request.needs)
+            task = await find_runtime(request.runtime).start(launch)
+            handle = msgspec.structs.replace(handle, state=task.state)
+            self._handles.write(handle)
+        except Exception as error:
+            if task is not None:
+                await task.kill()
+                await task.wait()
+            self._clean(name)
+            self._handles.remove(name)
+            if not isinstance(error, OSError):
+                raise
+            raise KernelFault("can_not_start", f"{name}: {error}", "look at the path that the message names") from error
+        log.info("started %s (%s) as %s, pid %d", name, request.pool, request.runtime, task.pid)
+        return self._watch(handle, task)
+
+    def _environment(self, request: StartInstance, scratch: Path, secret: Path) -> dict[str, str]:
+        """The node's own environment without what is the node's alone, and who the instance is."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("KERNELM_NODE_", "KERNELM_TOKEN"))}
+        return inherited | {
+            "KERNELM_URL": os.environ["KERNELM_URL"], "KERNELM_HOME": str(self._home), "KERNELM_INSTANCE": request.instance,
+            "KERNELM_PLUGIN": request.plugin, "KERNELM_POOL": request.pool, "KERNELM_SCRATCH": str(scratch),
+            "KERNELM_TOKEN_FILE": str(secret), "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+
+    async def _adopt(self) -> None:
+        """Go on with what an earlier node process left: running instances, and ends that the kernel was not told."""
+        for handle in await asyncio.to_thread(self._handles.all):
+            task = None
+            if handle.exit is None and handle.runtime in RUNTIMES:
+                task = await find_runtime(handle.runtime).adopt(handle)
+            if task is None:
+                lost = handle.exit or Exit(UNKNOWN_CODE, "it ended while no node was watching")
+                self._spawn(self._conclude(handle, lost, asked=False))
+                continue
+            if task.state != handle.state:
+                handle = msgspec.structs.replace(handle, state=task.state)
+                self._handles.write(handle)
+            log.info("adopted %s (%s), pid %d", handle.instance, handle.pool, task.pid)
+            self._watch(handle, task)
+
+    # ---- watching and ending ----
+
+    def _watch(self, handle: Handle, task: Task) -> Entry:
+        entry = self._entries[handle.instance] = Entry(handle, task)
+        self._spawn(self._follow(entry))
+        return entry
+
+    def _spawn(self, work: Any) -> None:
+        watcher = asyncio.create_task(work)
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+        watcher.add_done_callback(_log_crash)
+
+    async def _follow(self, entry: Entry) -> None:
+        exit = await entry.task.wait()
+        handle = msgspec.structs.replace(entry.handle, exit=exit)
+        del self._entries[handle.instance]
+        entry.ended.set()
+        try:
+            self._handles.write(handle)
+        except OSError as error:  # a full disk must not keep the kernel from hearing of it
+            log.error("%s: %s", handle.instance, error)
+        await self._conclude(handle, exit, entry.asked)
+
+    async def _conclude(self, handle: Handle, exit: Exit, asked: bool) -> None:
+        """Clean up and tell the kernel, which may be starting again itself; the handle stays until it knows."""
+        self._clean(handle.instance)
+        lines = await asyncio.to_thread(last_lines, Path(handle.log), handle.log_offset)
+        diagnosis = "stopped as requested" if asked else diagnose(exit, lines)
+        log.log(logging.INFO if asked or exit.code == 0 else logging.WARNING, "%s: %s", handle.instance, diagnosis)
+        report = ExitReport(handle.instance, exit.code, diagnosis)
+        try:
+            await self._bus.call(Kernel.exited, report, timeout_s=5.0, patience_s=math.inf)
+        except Fault as fault:  # not a matter of time: the same report would be refused again
+            log.error("the kernel did not take the exit report of %s: %s", handle.instance, fault)
+        self._handles.remove(handle.instance)
+
+    async def _end(self, entry: Entry, grace_s: float) -> None:
+        entry.asked = True
+        entry.task.ask()
+        if await _within(entry.ended, grace_s):
+            return
+        log.warning("%s did not stop within %g s: killing it", entry.handle.instance, grace_s)
+        await entry.task.kill()
+        if not await _within(entry.ended, KILL_S):
+            raise KernelFault("can_not_stop", f"{entry.handle.instance} (pid {entry.task.pid}) does not end, even when killed",
+                              "a process that hangs in the kernel (state D) waits for a disk or a device")  # fmt: skip
+
+    async def _stop_all(self) -> None:
+        for entry in sorted(self._entries.values(), key=lambda e: e.handle.started, reverse=True):
+            try:
+                await self._end(entry, InstanceName("").grace_s)
+            except KernelFault as fault:
+                log.error("%s", fault)
+        if self._watchers:
+            _, late = await asyncio.wait(self._watchers, timeout=FAREWELL_S)
+            for watcher in late:  # the kernel is away: its handle stays, and the next node reports it
+                watcher.cancel()
+
+    def _clean(self, instance: str) -> None:
+        (self._home / "run" / "tokens" / instance).unlink(missing_ok=True)
+        shutil.rmtree(self._home / "scratch" / instance, onerror=_log_left)
+
+    def _log_of(self, instance: str) -> Path:
+        return self._home / "logs" / f"{instance}.log"
+
+
+def _name(text: str, what: str) -> str:
+    try:
+        return token(text, what)
+    except ValueError as error:
+        raise invalid("the request", error) from None
+
+
+def _rotate(path: Path) -> int:
+    """Where the output of a start from now on begins in the log, bytes."""
+    size = path.stat().st_size if path.exists() else 0
+    if size > LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+        return 0
+    return size
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _alive(entry: Entry) -> str:
+    since = time.time() - entry.handle.started
+    if not entry.task.pid:
+        return f"runs for {since:.0f} s in the node's process"
+    try:
+        process = psutil.Process(entry.task.pid)
+        return f"runs for {since:.0f} s as pid {process.pid}, {process.memory_info().rss // MB} MB, {process.status()}"
+    except psutil.NoSuchProcess:
+        return "is just ending"
+
+
+async def _within(event: asyncio.Event, timeout_s: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+    return event.is_set()
+
+
+def _log_crash(watcher: "asyncio.Task[None]") -> None:
+    if not watcher.cancelled() and (error := watcher.exception()):
+        log.error("watching an instance failed", exc_info=error)
+
+
+def _log_left(function: Callable[..., Any], path: str, information: Any) -> None:
+    if not isinstance(information[1], FileNotFoundError):
+        log.warning("could not clean up %s: %s", path, information[1])

@@ -1,0 +1,190 @@
+"""The service with real processes and a stand-in for the bus; with the real one in test_node.py."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernelm.testing.harness import until
+from kernelm_node.handles import Handles
+from kernelm_node.runtimes.pidfd import started_at
+from kernelm_node.runtimes.process import ProcessRuntime
+from kernelm_node.service import LOG_BYTES, NodeService
+from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.plugin import Manifest
+from kernelm_sdk.system import Empty, ExitReport, InstanceName, Resources, StartInstance
+
+SLEEP = """
+import signal, sys, time
+signal.signal(15, lambda *_: (print(time.monotonic_ns()), sys.exit(0)))
+print("up", flush=True)
+while True:
+    signal.pause()"""
+DEAF = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True)\nwhile True: signal.pause()"
+
+
+class Kernel:
+    """Stands in for the bus: keeps the reports, or lets them wait for a kernel that is away."""
+
+    user = "node-n1"
+
+    def __init__(self) -> None:
+        self.reports: list[ExitReport] = []
+        self.away = False
+
+    async def call(self, declared, request, *, timeout_s=30.0, patience_s=0.0):
+        assert patience_s == float("inf")
+        if self.away:
+            await asyncio.Event().wait()
+        self.reports.append(request)
+        return Empty()
+
+    async def report(self, count: int = 1) -> ExitReport:
+        await until(lambda: len(self.reports) >= count, 10, "the report")
+        return self.reports[count - 1]
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    return Kernel()
+
+
+@pytest.fixture
+async def node(tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+    manifests = {n: Manifest(n, "1.2", "", (), "m:C") for n in ("p", "q")}
+    monkeypatch.setattr("kernelm_node.service.find_manifests", lambda: (manifests, {"torn": "torn/kernelm-plugin.toml: no name"}))
+    monkeypatch.setenv("KERNELM_URL", "nats://127.0.0.1:1")
+    program(monkeypatch, SLEEP)
+    node = NodeService(kernel, tmp_path)
+    await node.start()
+    yield node
+    kernel.away = False
+    await node.stop()
+
+
+def program(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(ProcessRuntime, "command", (sys.executable, "-c", text))
+
+
+def request(instance: str = "p-1", plugin: str = "p", runtime: str = "process") -> StartInstance:
+    return StartInstance(instance, plugin, "pool", runtime, "secret", Resources(1, 100, 0))
+
+
+async def up(home: Path, instance: str = "p-1") -> None:
+    await until(lambda: "up" in (home / "logs" / f"{instance}.log").read_text(), 10, f"{instance} up")
+
+
+async def test_start_report_diagnose_stop(node: NodeService, kernel: Kernel, tmp_path: Path) -> None:
+    running = await node.start(request(), None)
+    token = tmp_path / "run" / "tokens" / "p-1"
+    assert (token.read_text(), oct(token.stat().st_mode & 0o777)) == ("secret", "0o600")
+    await up(tmp_path)
+    assert await node.start(request(), None) == running, "a repeated request starts nothing"
+    report = await node.report(Empty(), None)
+    assert (report.node, report.running, report.plugins) == ("n1", (running,), {"p": "1.2", "q": "1.2"})
+    assert report.runtimes == {"process": ("kill",), "inproc": ()}
+    diagnosis = await node.diagnose(InstanceName("p-1"), None)
+    assert f"pid {running.pid}" in diagnosis.advice
+    assert diagnosis.log == "up"
+    with pytest.raises(ClientFault) as caught:
+        await node.start(request(plugin="q"), None)
+    assert caught.value.code == "already_exists"
+    await node.stop(InstanceName("p-1"), None)
+    assert not started_at(running.pid)
+    assert await kernel.report() == ExitReport("p-1", 0, "stopped as requested")
+    await node.stop(InstanceName("p-1"), None)
+    assert not token.exists()
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert Handles(tmp_path / "run" / "instances").all() == []
+
+
+async def test_one_that_does_not_listen_is_killed_after_the_grace(node: NodeService, kernel: Kernel, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    program(monkeypatch, DEAF)
+    running = await node.start(request(), None)
+    await up(tmp_path)
+    await node.stop(InstanceName("p-1", 0.05), None)
+    assert not started_at(running.pid)
+    assert (await kernel.report()).code == -9
+
+
+async def test_a_crash_is_reported_with_advice(node: NodeService, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(monkeypatch, "import surely_not_there")
+    await node.start(request(), None)
+    report = await kernel.report()
+    assert (report.instance, report.code) == ("p-1", 1)
+    assert "pip install surely-not-there" in report.diagnosis.splitlines()[0]
+    assert "pip install" in (await node.diagnose(InstanceName("p-1"), None)).advice
+
+
+@pytest.mark.parametrize(("wrong", "code"), [
+    ({"plugin": "torn"}, "unknown_plugin"), ({"plugin": "none"}, "unknown_plugin"),
+    ({"runtime": "container"}, "unsupported_runtime"),
+    ({"runtime": "inproc"}, "unsupported_runtime"), ({"instance": "../x"}, "invalid"),
+])  # fmt: skip
+async def test_what_can_not_be_started_is_refused_and_leaves_nothing(node: NodeService, tmp_path: Path, wrong: dict[str, str],
+                                                                     code: str) -> None:  # fmt: skip
+    with pytest.raises(ClientFault) as caught:
+        await node.start(request(**wrong), None)
+    assert caught.value.code == code
+    assert caught.value.remedy or code == "invalid"
+    for folder in ("run/tokens", "run/instances", "scratch", "logs"):
+        assert list((tmp_path / folder).iterdir()) == []
+
+
+async def test_a_start_that_fails_leaves_nothing(node: NodeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessRuntime, "command", ("/nowhere/python",))
+    with pytest.raises(KernelFault) as caught:
+        await node.start(request(), None)
+    assert caught.value.code == "can_not_start"
+    for folder in ("run/tokens", "run/instances", "scratch"):
+        assert list((tmp_path / folder).iterdir()) == []
+
+
+async def test_all_stop_in_the_reverse_order_of_their_start(node: NodeService, tmp_path: Path) -> None:
+    names = ["p-3", "p-1", "p-2"]
+    for name in names:
+        await node.start(request(name), None)
+        await up(tmp_path, name)
+    await node.stop()
+    ended = {name: int((tmp_path / "logs" / f"{name}.log").read_text().split()[-1]) for name in names}
+    assert sorted(names, key=ended.__getitem__) == names[::-1]
+
+
+async def test_an_end_that_the_kernel_was_not_told_is_told_by_the_next_node(node: NodeService, kernel: Kernel, tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    kernel.away = True
+    program(monkeypatch, "raise SystemExit(5)")
+    running = await node.start(request(), None)
+    await until(lambda: not node._entries, 10, "its end")
+    assert not started_at(running.pid)
+    monkeypatch.setattr("kernelm_node.service.FAREWELL_S", 0.1)
+    await node.stop()
+    assert kernel.reports == []
+    kernel.away = False
+    await NodeService(kernel, tmp_path).start()
+    assert (await kernel.report()).code == 5
+
+
+async def test_a_handle_that_can_not_be_read_is_put_aside(node: NodeService, kernel: Kernel, tmp_path: Path) -> None:
+    (tmp_path / "run" / "instances" / "x-1.json").write_text('{"version": 99}')
+    await NodeService(kernel, tmp_path).start()
+    assert (tmp_path / "run" / "instances" / "x-1.unreadable").exists()
+    assert kernel.reports == []
+
+
+async def test_a_large_log_is_put_aside_at_the_next_start(node: NodeService, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "p-1.log"
+    log.write_bytes(b"x" * 10)
+    os.truncate(log, LOG_BYTES + 1)
+    await node.start(request(), None)
+    await up(tmp_path)
+    assert log.stat().st_size < 100
+    assert (tmp_path / "logs" / "p-1.log.1").stat().st_size == LOG_BYTES + 1
+
+
+async def test_an_instance_that_never_ran_is_named(node: NodeService) -> None:
+    with pytest.raises(ClientFault, match="p-77"):
+        await node.diagnose(InstanceName("p-77"), None)
