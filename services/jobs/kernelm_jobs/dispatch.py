@@ -21,7 +21,7 @@ from kernelm_jobs.deployment import is_replica
 from kernelm_jobs.rounds import Worker, check, choose, cluster_state, deadlock, pending_job, took, workers
 from kernelm_jobs.runs import content_key, method_named
 from kernelm_jobs.settings import Settings
-from kernelm_jobs.states import FINAL, HOLDING, advance, failed
+from kernelm_jobs.states import FINAL, HOLDING, advance, failed, latest_checkpoint
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault
@@ -164,11 +164,13 @@ class Dispatcher:
             instance = worker.instance
             key = content_key(job.spec.uses, worker.plugin, worker.version, job.spec.request)  # of what really does it
             ready = took(ready, instance)
+        checkpoint = job.checkpoint or latest_checkpoint(key, self._table.jobs.values())
 
         def place(now: JobRecord) -> JobRecord:
             if now.state != "queued" or now.epoch != job.epoch:
                 return now
-            return advance(now, "place", node=decision.node, instance=instance, key=key, epoch=now.epoch + 1, why=decision.reason)
+            return advance(now, "place", node=decision.node, instance=instance, key=key, epoch=now.epoch + 1,
+                           checkpoint=now.checkpoint or checkpoint, why=decision.reason)  # fmt: skip
 
         placed = await self._table.move(job.id, place)
         if placed.state == "placed" and placed.epoch == job.epoch + 1:

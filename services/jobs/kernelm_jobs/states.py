@@ -1,6 +1,7 @@
 """The states of a job, as ONE table. `python -m kernelm_jobs.states` prints it as a Mermaid diagram."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec import structs
@@ -66,6 +67,13 @@ def diagram() -> str:
     """The table as a Mermaid state diagram."""
     lines = [f"    {s or '[*]'} --> {t}: {h}" for (s, h), t in TRANSITIONS.items()]
     return "\n".join(["stateDiagram-v2", *lines, *(f"    {s} --> [*]" for s in sorted(FINAL))])
+
+
+def latest_checkpoint(key: str, jobs: Iterable[JobRecord]) -> str:
+    """The last checkpoint of a job that does the same work (equal content key): of an earlier run that was changed in
+    another stage, say, or was cancelled halfway. "" if there is none."""
+    twins = [job for job in jobs if job.key == key and job.checkpoint]
+    return max(twins, key=lambda job: (job.progress.fraction, job.heard)).checkpoint if twins else ""
 
 
 if __name__ == "__main__":

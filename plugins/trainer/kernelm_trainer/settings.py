@@ -1,0 +1,7 @@
+"""Settings of a trainer's pool."""
+
+from msgspec import Struct
+
+
+class TrainerSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    threads: int = 0  # of the compute library; 0 for its own choice, the cores of the machine

@@ -1,0 +1,96 @@
+"""The handlers, with a context that keeps artifacts in a folder."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kernelm_contracts.trainer import ModelTrained, TrainRequest
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.events import Event
+from kernelm_sdk.plugin import Context, Job, JobCancelled, read_manifest
+from kernelm_sdk.system import ArtifactName
+from kernelm_trainer.plugin import TrainerPlugin
+from kernelm_trainer.settings import TrainerSettings
+
+PACKAGE = Path(__file__).parent.parent / "kernelm_trainer"
+
+
+class FolderContext(Context):
+    def __init__(self, scratch: Path, artifacts: dict[str, Path]) -> None:
+        super().__init__(None, "trainer-1", "trainer", read_manifest(PACKAGE / "kernelm-plugin.toml"), scratch)  # type: ignore[arg-type]
+        self.artifacts, self.lineage, self.events = artifacts, {}, []
+
+    async def artifact(self, digest: str) -> Path:
+        return self.artifacts[digest]
+
+    async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
+        digest = f"sha256:{kind}-{len(self.artifacts)}"
+        self.artifacts[digest] = Path(shutil.copytree(folder, self.scratch / digest))
+        self.lineage[digest] = lineage
+        return digest
+
+    async def publish(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def context(tmp_path: Path, news: Path, tiny_bert: Path) -> FolderContext:
+    return FolderContext(tmp_path, {"sha256:d": news, "sha256:b": tiny_bert})
+
+
+async def test_a_job_trains_stores_and_tells(context: FolderContext) -> None:
+    plugin = TrainerPlugin(context, TrainerSettings(threads=1))
+    job = Job(context, "jobs", "j1", 1)
+    request = TrainRequest("sha256:d", base="sha256:b", epochs=1)
+    trained = await plugin.train(request, job)
+    assert trained.test is not None
+    assert trained.tokens_per_s > 0
+    assert context.lineage[trained.model] == {"job": "j1", "dataset": "sha256:d", "base": "sha256:b"}
+    assert context.events == [ModelTrained(model=trained.model, structure="encoder", accuracy=trained.validation.accuracy)]
+    described = await plugin.describe(ArtifactName(trained.model), None)
+    assert described.scores["validation"] == trained.validation
+    assert job.latest.fraction == 1.0
+    second = Job(context, "jobs", "j1", 2, checkpoint=job.checkpoint)
+    again = await plugin.train(request, second)
+    assert again.validation == trained.validation
+
+
+async def test_a_cancelled_job_stores_nothing(context: FolderContext) -> None:
+    plugin = TrainerPlugin(context, TrainerSettings(threads=1))
+    job = Job(context, "jobs", "j1", 1)
+    advance = job.progress
+
+    def cancel_in_training(fraction: float, phase: str = "", message: str = "", **metrics: float) -> None:
+        if phase.startswith("train"):
+            job.cancelled = "the user said so"
+        advance(fraction, phase, message, **metrics)
+
+    job.progress = cancel_in_training  # type: ignore[method-assign]
+    with pytest.raises(JobCancelled):
+        await plugin.train(TrainRequest("sha256:d", base="sha256:b", epochs=1), job)
+    assert set(context.artifacts) == {"sha256:d", "sha256:b"}
+    assert not context.events
+
+
+async def test_senseless_requests_are_refused_before_artifacts_are_fetched(context: FolderContext) -> None:
+    context.artifacts.clear()
+    with pytest.raises(ClientFault, match="algorithm"):
+        await TrainerPlugin(context, TrainerSettings()).train(
+            TrainRequest("sha256:d", structure="tfidf-linear"), Job(context, "jobs", "j1", 1))  # fmt: skip
+
+
+def test_settings_refuse_unknown_keys() -> None:
+    with pytest.raises(msgspec.ValidationError, match="thread"):
+        msgspec.convert({"thread": 1}, TrainerSettings)
+
+
+def test_an_idle_instance_imports_nothing_heavy() -> None:
+    heavy = ("torch", "sklearn", "matplotlib", "pyarrow", "numpy")
+    code = f"import sys, kernelm_trainer.plugin; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,1 @@
+"""The `kernelm` command, and the launcher that parents broker, kernel and services of one machine."""

@@ -1,0 +1,130 @@
+"""`kernelm jobs list | show | cancel`: the job table. An id may be a job's or a run's."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kernelm_cli import faults
+from kernelm_cli.session import Common, Output, connection, print_json, stdout
+from kernelm_cli.view import MARKS, RunDrawing, duration, metrics, outcome, plain, took
+from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, RunName, RunRecord, RunView
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import ClientFault
+
+app = App(name="jobs", help="The jobs: durable, resumable work.", version_flags=[])
+
+
+@app.default
+@app.command(name="list")
+def list_(*, output: Output = Output(), state: JobState | None = None, run: str = "", limit: int = 30) -> int:
+    """List jobs, the latest first.
+
+    Parameters
+    ----------
+    state
+        Only those in this state.
+    run
+        Only those of the run with this id.
+    limit
+        At most so many.
+    """
+
+    async def work() -> int:
+        async with connection(output.folder) as bus:
+            found: JobList = await bus.call(Jobs.find, JobQuery(state or "", run, limit))
+        if output.json:
+            print_json(found.jobs)
+            return 0
+        table = Table()
+        for name in ("", "job", "name", "uses", "state", "node", "took", "progress or result"):
+            table.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
+        now = time.time()
+        for job in found.jobs:
+            said = outcome(job) if job.finished else f"{job.progress.fraction:.0%} {job.progress.phase} {metrics(job.progress)}"
+            table.add_row(MARKS.get(job.state, Text(">", "cyan")), job.id, job.spec.name, job.spec.uses, job.state, job.node,
+                          duration(took(job, now)), Text(said if job.started else job.why))  # fmt: skip
+        stdout().print(table if found.jobs else "no jobs")
+        return 0
+
+    return asyncio.run(work())
+
+
+@app.command
+def show(id: Annotated[str, Parameter(name="ID")], /, *, output: Output = Output()) -> int:
+    """Show a job or a run with all that is known about it."""
+    return asyncio.run(_show(output.folder, id, output.json))
+
+
+async def _show(home: Path, id: str, json: bool) -> int:
+    async with connection(home) as bus:
+        found = await _either(bus, id)
+    console = stdout()
+    if json:
+        print_json(found)
+    elif isinstance(found, RunView):
+        console.print(RunDrawing().draw(found, time.time()))
+        if found.run.fault:
+            faults.show(found.run.fault)
+    else:
+        _print_job(found, console)
+    return 0
+
+
+async def _either(bus: Bus, id: str) -> JobRecord | RunView:
+    try:
+        job: JobRecord = await bus.call(Jobs.get, JobName(id))
+        return job
+    except ClientFault as fault:
+        if fault.code != "not_found":
+            raise
+    view: RunView = await bus.call(Jobs.get_run, RunName(id))
+    return view
+
+
+def _print_job(job: JobRecord, console: Console) -> None:
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    times = {n: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for n, t in
+             (("submitted", job.submitted), ("started", job.started), ("finished", job.finished)) if t}  # fmt: skip
+    facts = {"job": job.id, "name": job.spec.name, "uses": job.spec.uses, "run": job.spec.run, "parent": job.spec.parent,
+             "state": plain(job, time.time()), "attempt": f"{job.attempt} of {job.spec.attempts}, epoch {job.epoch}",
+             "where": f"{job.instance} on {job.node}" if job.instance else "", "why": job.why, "checkpoint": job.checkpoint,
+             **times}  # fmt: skip
+    for name, value in facts.items():
+        if value:
+            rows.add_row(name, Text(value))
+    console.print(rows)
+    if job.spec.request:
+        console.print("[bold]request[/]")
+        console.print_json(data=job.spec.request)
+    if job.result:
+        console.print("[bold]result[/]")
+        console.print_json(data=job.result)
+    if job.fault:
+        faults.show(job.fault)
+
+
+@app.command
+def cancel(id: Annotated[str, Parameter(name="ID")], /, *, common: Common = Common()) -> int:
+    """Cancel a job with its children, or a run with its jobs."""
+
+    async def work() -> int:
+        async with connection(common.folder) as bus:
+            try:
+                job: JobRecord = await bus.call(Jobs.cancel, JobName(id))
+                stdout().print(f"job {job.id} ({job.spec.name}) is {job.state}")
+            except ClientFault as fault:
+                if fault.code != "not_found":
+                    raise
+                record: RunRecord = await bus.call(Jobs.cancel_run, RunName(id))
+                stdout().print(f"run {record.id} ({record.spec.name}) is {record.state}")
+        return 0
+
+    return asyncio.run(work())

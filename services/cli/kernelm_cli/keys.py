@@ -1,0 +1,130 @@
+"""`kernelm key create | list | revoke`: API keys for HTTP and gRPC, and credentials for NATS clients."""
+
+import asyncio
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import App, Parameter
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from kernelm.identity import read, write_secret
+from kernelm_cli.session import Common, Output, connection, print_json, stdout
+from kernelm_sdk.bus import Credentials
+from kernelm_sdk.enrollment import new_seed, public_key
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import Empty, Kernel, Key, KeyCreated, KeyList, KeyName, KeyRequest
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+app = App(name="key", help="Keys of clients: what each may call, and until when.", version_flags=[])
+
+
+def seconds(text: str) -> int:
+    """A duration such as "90s", "12h", "30d", in seconds; 0 for "" and "never"."""
+    if text in ("", "never"):
+        return 0
+    match = re.fullmatch(r"(\d+)([smhdw])", text)
+    if match is None or int(match[1]) == 0:
+        raise ClientFault("invalid", f"--expires {text!r} is no duration", "e.g. 90s, 15m, 12h, 30d, 4w, or never")
+    return int(match[1]) * UNITS[match[2]]
+
+
+@app.command
+def create(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Output(),
+           models: Annotated[tuple[str, ...], Parameter(negative="")] = ("*",),
+           methods: Annotated[tuple[str, ...], Parameter(negative="")] = ("*",), expires: str = "never",
+           tenant: str = "default", nats: Path | None = None) -> int:  # fmt: skip
+    """Create a key. Its secret is shown this once.
+
+    Parameters
+    ----------
+    models
+        Deployments that it may call; all by default. Repeat the option for several.
+    methods
+        Methods that it may call, e.g. classify; all by default.
+    expires
+        After which time it ends: 90s, 12h, 30d.
+    tenant
+        Who pays.
+    nats
+        Also write credentials for a NATS client with the same rights to this file (0600).
+    """
+    seed = new_seed() if nats else ""
+    request = KeyRequest(name, models, methods, tenant, seconds(expires), public_key(seed) if seed else "")
+    if nats is not None and nats.exists():
+        raise ClientFault("already_exists", f"{nats} is there already", "choose another file, or delete it")
+
+    async def work() -> KeyCreated:
+        async with connection(output.folder) as bus:
+            made: KeyCreated = await bus.call(Kernel.create_key, request)
+            return made
+
+    created = asyncio.run(work())
+    if nats is not None:
+        credentials = Credentials(read(created.jwt)["name"], created.jwt, seed, created.key.expires)
+        write_secret(nats.absolute(), msgspec.json.encode(credentials).decode())
+    if output.json:
+        print_json(created)
+        return 0
+    rights = f"models {', '.join(models)}, methods {', '.join(methods)}"
+    text = Text.assemble((created.secret, "bold"), f"\n\nid {created.key.id}, {rights}, expires {_when(created.key)}",
+                         f"\nNATS credentials: {nats}" if nats else "",
+                         ("\nIt is not shown again: keep it, e.g. as KERNELM_KEY.", "yellow"))  # fmt: skip
+    stdout().print(Panel(text, title=f"[bold green]key {name}[/]", title_align="left", border_style="green", expand=False))
+    return 0
+
+
+@app.default
+@app.command(name="list")
+def list_(*, output: Output = Output()) -> int:
+    """List the keys, never their secrets."""
+
+    async def work() -> KeyList:
+        async with connection(output.folder) as bus:
+            found: KeyList = await bus.call(Kernel.list_keys, Empty())
+            return found
+
+    keys = asyncio.run(work()).keys
+    if output.json:
+        print_json([{f: getattr(k, f) for f in k.__struct_fields__ if f != "hash"} for k in keys])
+        return 0
+    table = Table()
+    for column in ("id", "name", "tenant", "models", "methods", "created", "expires", "state"):
+        table.add_column(column)
+    for key in sorted(keys, key=lambda k: k.created):
+        table.add_row(key.id, key.name, key.tenant, ", ".join(key.models), ", ".join(key.methods),
+                      _date(key.created), _when(key), _state(key))  # fmt: skip
+    stdout().print(table if keys else "no keys; `kernelm key create NAME` makes one")
+    return 0
+
+
+@app.command
+def revoke(id: Annotated[str, Parameter(name="ID")], /, *, common: Common = Common()) -> int:
+    """Revoke a key: it is refused from now on."""
+
+    async def work() -> Key:
+        async with connection(common.folder) as bus:
+            key: Key = await bus.call(Kernel.revoke_key, KeyName(id))
+            return key
+
+    key = asyncio.run(work())
+    stdout().print(f"key {key.id} ({key.name}) is revoked")
+    return 0
+
+
+def _date(stamp: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
+
+
+def _when(key: Key) -> str:
+    return _date(key.expires) if key.expires else "never"
+
+
+def _state(key: Key) -> Text:
+    if key.revoked:
+        return Text("revoked", "red")
+    return Text("expired", "yellow") if 0 < key.expires < time.time() else Text("valid", "green")

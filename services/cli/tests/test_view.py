@@ -1,0 +1,118 @@
+"""A run as it is drawn and as it is logged, from records such as the job table sends."""
+
+import io
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from kernelm_cli.results import key_result, tables
+from kernelm_cli.view import PlainRun, RunDrawing, duration, left, lines, metrics
+from kernelm_contracts.data import DatasetCard, Prepared
+from kernelm_contracts.jobs import JobRecord, JobSpec, RunRecord, RunSpec, RunView, StageSpec
+from kernelm_contracts.optimizer import Optimized, Row
+from kernelm_contracts.server import Measurement
+from kernelm_contracts.trainer import Scores, Trained
+from kernelm_sdk.errors import FaultBody
+from kernelm_sdk.system import Progress
+
+DIGEST = "sha256:" + "ab" * 32
+TEST = Scores("test", 425, 0.9765, 0.9751, 0.9758)
+STAGES = tuple(StageSpec(n, u) for n, u in (("data", "data/1.prepare"), ("train", "trainer/1.train"),
+                                            ("optimize", "optimizer/1.optimize"), ("deploy", "deploy")))  # fmt: skip
+
+
+def job(name: str, uses: str, state: str = "running", result: Any = None, parent: str = "", **fields: Any) -> JobRecord:
+    record = JobRecord(f"j-{name}", JobSpec(name, uses, {}, parent=parent), "key", state, started=1000.0,  # type: ignore[arg-type]
+                       result=msgspec.to_builtins(result) if result else {})  # fmt: skip
+    return msgspec.structs.replace(record, **fields)
+
+
+def view(*jobs: JobRecord, state: str = "running", fault: FaultBody | None = None) -> RunView:
+    by_stage = {j.spec.name: j.id for j in jobs if not j.spec.parent}
+    return RunView(RunRecord("r-1", RunSpec("news", STAGES), by_stage, state, fault, 990.0, 1300.0), jobs)  # type: ignore[arg-type]
+
+
+PREPARED = job("data", "data/1.prepare", "done",
+               Prepared(DIGEST, 2121, ("a", "b"), {"train": 1484, "test": 425}, DatasetCard("d", ("a", "b"), (), {}, 256)),
+               finished=1012.0, reused=True)  # fmt: skip
+TRAINING = job("train", "trainer/1.train", progress=Progress(0.25, "epoch 1 of 2", "", {"loss": 0.4321, "tokens_per_s": 5123.0}))
+MEASURED = Measurement(DIGEST, TEST, 0.52, 0.9, 4100.0, 3 * 2**20, 12.0, 0.1)
+OPTIMIZED = Optimized(DIGEST, "tfidf", (
+    Row("tfidf", "winner", "tfidf-linear", "liblinear", "fp32", DIGEST, MEASURED),
+    Row("lion", "not measured: the budget was spent", "encoder", "lion"),
+), TEST, took_s=120.0)  # fmt: skip
+
+
+def drawn(run: RunView, now: float = 1030.0, terminal: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=140, force_terminal=terminal)
+    console.print(RunDrawing().draw(run, now))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_every_stage_has_a_line_with_its_state() -> None:
+    text = drawn(view(PREPARED, TRAINING)).splitlines()
+    assert "✓ data" in text[1]
+    assert "found, not repeated: 2,121 documents in 2 classes" in text[1]
+    assert "train" in text[2]
+    assert "epoch 1 of 2 · loss 0.4321, 5,123 tokens/s" in text[2]
+    assert "30 s · about 1:30 left" in text[2]
+    assert "waits" in text[3]
+    assert "waits" in text[4]
+
+
+def test_trials_are_indented_below_their_parent() -> None:
+    parent = job("optimize", "optimizer/1.optimize")
+    trial = job("lion", "trainer/1.train", parent=parent.id)
+    found = [(line.name, line.depth) for line in lines(view(PREPARED, TRAINING, parent, trial))]
+    assert found == [("data", 0), ("train", 0), ("optimize", 0), ("lion", 1), ("deploy", 0)]
+
+
+def test_a_failed_stage_shows_its_fault() -> None:
+    fault = FaultBody("plugin", "out_of_memory", "train ran out of memory")
+    dead = job("train", "trainer/1.train", "dead", fault=fault, finished=1040.0)
+    assert "✗ train" in drawn(view(PREPARED, dead))
+    assert "train ran out of memory" in drawn(view(PREPARED, dead))
+
+
+def test_plain_lines_have_no_control_codes_and_come_only_for_news() -> None:
+    plain = PlainRun()
+    first = plain.update(view(PREPARED, TRAINING), 1010.0)
+    assert first == ["data: done after 12 s: found, not repeated: 2,121 documents in 2 classes (train 1,484, test 425)",
+                     "train: running: epoch 1 of 2 · 25% · loss 0.4321, 5,123 tokens/s · 10 s · about 30 s left"]  # fmt: skip
+    assert not any("\x1b" in line for line in first)
+    assert plain.update(view(PREPARED, TRAINING), 1015.0) == []
+    assert len(plain.update(view(PREPARED, TRAINING), 1020.0)) == 1  # ten seconds later
+    evaluating = msgspec.structs.replace(TRAINING, progress=Progress(0.9, "evaluating"))
+    assert plain.update(view(PREPARED, evaluating), 1021.0)[0].startswith("train: running: evaluating")
+
+
+def test_the_plugins_own_estimate_goes_before_ours() -> None:
+    estimated = msgspec.structs.replace(TRAINING, progress=Progress(0.25, "x", "", {"left_s": 61.0, "loss": 0.5}))
+    assert left(estimated, 1010.0) == "1:01 left"
+    assert metrics(estimated.progress) == "loss 0.5000"
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0, 59.9, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]
+
+
+def test_key_results_of_all_stages() -> None:
+    trained = job("train", "trainer/1.train", "done", Trained(DIGEST, "encoder", "adamw", 22_000_000, TEST, TEST, 160.0, 5000.0))
+    assert key_result(trained) == "accuracy 0.9765 on test, 5,000 tokens/s"
+    assert key_result(job("o", "optimizer/1.optimize", "done", OPTIMIZED)) == "tfidf of 1 measured, accuracy 0.9765 on test"
+    served = {"model": "news", "generation": 3, "artifact": DIGEST, "pool": "news-g3"}
+    assert key_result(job("deploy", "deploy", "done", served)) == "news generation 3, artifact abababababab"
+
+
+def test_a_result_of_another_version_is_shown_as_it_is() -> None:
+    assert key_result(job("train", "trainer/1.train", "done", {"model": DIGEST, "score": 0.5})) == "model abababababab, score 0.5"
+
+
+def test_the_tables_show_quality_and_every_candidate() -> None:
+    console = Console(file=io.StringIO(), width=160)
+    for table in tables(view(PREPARED, job("optimize", "optimizer/1.optimize", "done", OPTIMIZED))):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for figure in ("0.9765", "0.9751", "0.9758", "winner", "not measured: the budget was spent", "4,100", "3.0"):
+        assert figure in text
