@@ -185,14 +185,14 @@ class Plugin:
     def __init__(self, context: Context, settings: Any) -> None:
         self.context, self.settings = context, settings
 
-    async def start(self) -> None:
+    async def on_start(self) -> None:
         """Before the instance is ready: open, load, warm up."""
 
-    async def stop(self) -> None:
+    async def on_stop(self) -> None:
         """After it was drained: close."""
 
     def models(self) -> tuple[str, ...]:
-        """Names of the deployments this instance answers for, once `start` is done."""
+        """Names of the deployments this instance answers for, once `on_start` is done."""
         return ()
 
 

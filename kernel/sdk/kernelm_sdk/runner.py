@@ -51,6 +51,7 @@ class Member:
     def __init__(self, bus: Bus, name: str, plugin: str, version: str, contracts: tuple[str, ...], max_jobs: int = 1) -> None:
         self.bus, self.name, self.plugin, self.version, self.contracts = bus, name, plugin, version, contracts
         self.max_jobs, self.begun = max_jobs, time.time()
+        self.own_process, self.orphaned = True, False
         self.jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self.stopping = asyncio.Event()
         self.implementation: Any = None
@@ -65,7 +66,7 @@ class Member:
         lease = asyncio.create_task(self._renew_lease(welcome.lease_ttl_s))
         try:
             self.implementation = await build(welcome.settings)
-            await self.implementation.start()
+            await self.implementation.on_start()
             models = tuple(self.implementation.models()) if hasattr(self.implementation, "models") else ()
             handlers = self._handlers(welcome.contracts) | handlers_of(self, "plugin/1")
             self.served = await self.bus.serve(handlers, pool=welcome.pool, instance=self.name, models=models)
@@ -77,7 +78,7 @@ class Member:
             for job, task in list(self.jobs.values()):
                 job.cancelled = "the instance stops"
                 task.cancel()
-            await self.implementation.stop()
+            await self.implementation.on_stop()
         finally:
             lease.cancel()
 
@@ -106,7 +107,11 @@ class Member:
             except Fault as fault:
                 log.warning("lease: %s", fault.message)
             if self.bus.closed or time.monotonic() - self._connected_at > ORPHAN_S:
-                log.error("shut out or without a broker for %g s: ending", ORPHAN_S)
+                log.error("%s is shut out or without a broker for %g s: it ends", self.name, ORPHAN_S)
+                if not self.own_process:
+                    self.orphaned = True
+                    self.stopping.set()
+                    return
                 os._exit(3)  # a worker thread may be busy for long; nothing of it may count any more
             await asyncio.sleep(ttl_s / 3)
 
@@ -232,7 +237,7 @@ async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event |
         __import__(manifest.entry.partition(":")[0])  # declares its contracts
         member = Member(bus, name, plugin, manifest.version, manifest.contracts, manifest.max_jobs)
         if stopping is not None:
-            member.stopping = stopping
+            member.stopping, member.own_process = stopping, False
 
         async def build(settings: dict[str, Any]) -> Plugin:
             return load_plugin(manifest, context, settings)
@@ -241,12 +246,12 @@ async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event |
         await member.run(build)
     finally:
         await bus.close()
-    return 0
+    return 3 if member.orphaned else 0
 
 
 def run_service(name: str, contracts: tuple[str, ...], factory: Callable[[Bus, Path], Any]) -> None:
-    """The whole main program of a service: `factory(bus, home)` makes what implements `contracts`, with `start` and
-    `stop`. Exits 0 when asked to stop, 1 with the fault on stderr when it can't go on."""
+    """The whole main program of a service: `factory(bus, home)` makes what implements `contracts`, with `on_start`
+    and `on_stop`. Exits 0 when asked to stop, 1 with the fault on stderr when it can't go on."""
 
     async def main() -> int:
         bus = await _connect(os.environ)

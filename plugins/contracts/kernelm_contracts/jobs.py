@@ -87,6 +87,40 @@ class RunView(Struct, frozen=True):
     jobs: tuple[JobRecord, ...] = ()  # in the order of the stages, children behind their parent
 
 
+DEPLOY = "deploy"  # what such a stage `uses`: it is no job method, the job table itself carries it out
+
+
+class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """`with` of a deploy stage: a replica that the scheduler places like any job, and that keeps its resources."""
+
+    name: str  # of the deployment: clients call model.<name>.<method>
+    model: str  # digest
+    plugin: str = "encoder"  # the server plugin that runs it
+    instances: int = 1
+
+
+class Deployed(Struct, frozen=True):
+    """Result of a deploy stage."""
+
+    model: str  # name of the deployment
+    generation: int
+    artifact: str  # digest
+    pool: str
+
+
+class Deployment(Struct, frozen=True):
+    """The record in KV `deployments` under `model.<name>`: what answers under the name now."""
+
+    name: str
+    generation: int
+    artifact: str  # digest
+    pool: str
+    plugin: str
+    job: str  # the replica: it holds the resources
+    run: str = ""
+    when: float = 0.0  # Unix seconds
+
+
 class RunName(Struct, frozen=True):
     id: str
 

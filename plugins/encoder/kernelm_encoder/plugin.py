@@ -31,7 +31,7 @@ class EncoderPlugin(Plugin, Server):
     _batcher: "Batcher | None" = None
     _model: "Model"
 
-    async def start(self) -> None:
+    async def on_start(self) -> None:
         if self.settings.model is None:
             return
         from kernelm_encoder.batching import Batcher
@@ -41,7 +41,7 @@ class EncoderPlugin(Plugin, Server):
         self._model = await asyncio.to_thread(open_model, folder, self.settings.threads)
         self._batcher = Batcher(self._model, self.settings, self.context.log)
 
-    async def stop(self) -> None:
+    async def on_stop(self) -> None:
         if self._batcher is not None:
             await asyncio.to_thread(self._batcher.close)
 

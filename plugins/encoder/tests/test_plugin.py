@@ -48,11 +48,11 @@ def serving() -> Serving:
     @asynccontextmanager
     async def serve(folder: Path, **settings: Any) -> AsyncIterator[EncoderPlugin]:
         plugin = make(folder, model={"name": "news", "artifact": DIGEST, "generation": 3}, **settings)
-        await plugin.start()
+        await plugin.on_start()
         try:
             yield plugin
         finally:
-            await plugin.stop()
+            await plugin.on_stop()
 
     return serve
 
@@ -135,10 +135,10 @@ async def test_bad_text_and_bad_settings_are_refused_before_the_handlers(tfidf: 
 
 async def test_an_instance_without_a_model_offers_none(tmp_path: Path) -> None:
     plugin = make(tmp_path)
-    await plugin.start()
+    await plugin.on_start()
     assert plugin.models() == ()
     await refused(plugin.classify(ClassifyRequest(("a",)), Call("tester")), "unknown_model")
-    await plugin.stop()
+    await plugin.on_stop()
     assert set(implemented(plugin, ("server/1",))) == {"server.v1.classify", "server.v1.embed", "server.v1.measure"}
 
 

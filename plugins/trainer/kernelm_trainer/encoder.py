@@ -1,7 +1,7 @@
 """A transformer encoder with mean pooling and a linear head: loading, running and writing it.
 
 The mean over all tokens is what the sentence encoders that we start from were trained with (Reimers and Gurevych,
-"Sentence-BERT", 2019, section 3); measured against [CLS] in README.md.
+"Sentence-BERT", 2019, section 3).
 """
 
 import inspect

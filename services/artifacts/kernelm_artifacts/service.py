@@ -38,14 +38,14 @@ class ArtifactsService:
         self._settings = read_settings(os.environ)
         self._tokens = Tokens()
 
-    async def start(self) -> None:
+    async def on_start(self) -> None:
         self._store = await asyncio.to_thread(Store, self._home / "artifacts")
         self._server = FileServer(application(self._store, self._tokens), self._settings.listen, self._settings.port)
         self._url = (self._settings.url or self._server.url).rstrip("/")
         await self._server.start()
         await asyncio.to_thread(_announce, self._home / "run" / "artifacts.json", {"url": self._url, "pid": os.getpid()})
 
-    async def stop(self) -> None:
+    async def on_stop(self) -> None:
         await self._server.stop()
         (self._home / "run" / "artifacts.json").unlink(missing_ok=True)
         self._store.close()

@@ -34,9 +34,9 @@ class Recorder:
 @pytest.fixture
 async def service(tmp_path: Path):
     service = ArtifactsService(Recorder(), tmp_path / "home")
-    await service.start()
+    await service.on_start()
     yield service
-    await service.stop()
+    await service.on_stop()
 
 
 async def stored(service: ArtifactsService, tmp_path: Path) -> str:
@@ -151,7 +151,7 @@ async def test_a_taken_port_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("KERNELM_ARTIFACTS_PORT", str(taken.getsockname()[1]))
         with pytest.raises(KernelFault) as caught:
-            await ArtifactsService(Recorder(), tmp_path).start()
+            await ArtifactsService(Recorder(), tmp_path).on_start()
     assert caught.value.code == "port_taken"
 
 

@@ -8,11 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelm_contracts.data import Prepared
-from kernelm_contracts.jobs import JobRecord, RunView
+from kernelm_contracts.jobs import DEPLOY, Deployed, JobRecord, RunView
 from kernelm_contracts.optimizer import Optimized, Row
 from kernelm_contracts.server import Measured
 from kernelm_contracts.trainer import Scores, Trained
-from kernelm_jobs.deployment import DEPLOY, Deployed
 
 T = TypeVar("T")
 OUTCOMES = {"winner": "bold green", "measured": "default"}

@@ -20,8 +20,7 @@ from kernelm_cli.home import read_up
 from kernelm_cli.run_file import RunFile, read
 from kernelm_cli.session import Common, connection, stdout
 from kernelm_cli.view import FINISHED, MARKS, PlainRun, RunDrawing, duration, lines, outcome, took
-from kernelm_contracts.jobs import Jobs, RunName, RunRecord, RunSpec, RunView
-from kernelm_jobs.deployment import DEPLOY, Deployed
+from kernelm_contracts.jobs import DEPLOY, Deployed, Jobs, RunName, RunRecord, RunSpec, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.system import Artifact, Artifacts, PutArtifact

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kernelm_cli import references, sources
-from kernelm_contracts.jobs import RunSpec, StageSpec
-from kernelm_jobs.deployment import DEPLOY, Deployed, DeployRequest
+from kernelm_contracts.jobs import DEPLOY, Deployed, DeployRequest, RunSpec, StageSpec
 from kernelm_sdk.contract import Method, find_contract
 from kernelm_sdk.errors import ClientFault
 

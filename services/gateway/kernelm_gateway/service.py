@@ -74,7 +74,7 @@ class GatewayService:
         self._serving: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
 
-    async def start(self) -> None:
+    async def on_start(self) -> None:
         """Listen, then announce."""
         host = self.settings.http_host
         self._grpc, grpc_port = await start_grpc(self._gate, host, self.settings.grpc_port)
@@ -91,7 +91,7 @@ class GatewayService:
         partial.write_bytes(msgspec.json.encode(self.announcement))
         partial.replace(self._file)
 
-    async def stop(self) -> None:
+    async def on_stop(self) -> None:
         """Take no more, let what is under way be answered for GRACE_S, and withdraw the announcement."""
         self._file.unlink(missing_ok=True)
         self._http.should_exit = True

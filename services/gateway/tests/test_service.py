@@ -27,9 +27,9 @@ HUGE = 50_000_000
 async def gateway(bus: Any, tmp_path: Path) -> AsyncIterator[GatewayService]:
     settings = GatewaySettings(http_port=0, grpc_port=0)
     service = GatewayService(bus, tmp_path, settings, bind("127.0.0.1", 0, "KERNELM_HTTP_PORT"))
-    await service.start()
+    await service.on_start()
     yield service
-    await service.stop()
+    await service.on_stop()
 
 
 async def test_it_announces_where_it_listens(gateway: GatewayService, tmp_path: Path, auth: Callable[..., str]) -> None:
@@ -47,8 +47,8 @@ async def test_it_announces_where_it_listens(gateway: GatewayService, tmp_path: 
 
 async def test_stopping_withdraws_it(bus: Any, tmp_path: Path) -> None:
     service = GatewayService(bus, tmp_path, GatewaySettings(http_port=0, grpc_port=0), bind("127.0.0.1", 0, "X"))
-    await service.start()
-    await service.stop()
+    await service.on_start()
+    await service.on_stop()
     assert not (tmp_path / "run" / "gateway.json").exists()
     with pytest.raises(httpx.ConnectError):
         await httpx.AsyncClient().get(service.announcement.http + "/healthz")

@@ -10,10 +10,9 @@ import logging
 import time
 from collections import defaultdict
 
-from kernelm_contracts.jobs import JobRecord, ModelDeployed
+from kernelm_contracts.jobs import Deployment, JobRecord, ModelDeployed
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deployment import (
-    Deployment,
     DeployRequest,
     has_ready,
     is_replica,
@@ -21,6 +20,7 @@ from kernelm_jobs.deployment import (
     pool_of,
     pool_spec,
     request_of,
+    result_of,
     trouble,
 )
 from kernelm_jobs.states import HOLDING, advance, failed
@@ -107,7 +107,7 @@ class Deployer:
         await self._record(deployment)
         self._table.publish(ModelDeployed(model=request.name, generation=generation, artifact=request.model, pool=spec.pool))
         why = f"answers as {request.name}, generation {generation}"
-        await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=deployment.result(), why=why,
+        await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=result_of(deployment), why=why,
                                                            progress=Progress(1.0, "serving")))  # fmt: skip
         await self._retire(deployment, await self._cluster.system(PATIENCE_S))
 

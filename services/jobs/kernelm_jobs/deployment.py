@@ -1,56 +1,25 @@
-"""What a deployment is: request, result and record of a stage that `uses = "deploy"`, and the pure decisions about it."""
+"""The pure decisions about a deployment, a stage that `uses = "deploy"`."""
 
 import re
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
-from kernelm_contracts.jobs import JobRecord
+from kernelm_contracts.jobs import DEPLOY, Deployed, Deployment, DeployRequest, JobRecord
 from kernelm_contracts.server import ServedModel
 from kernelm_sdk.contract import token
 from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.system import PoolSpec, SystemState
 
-DEPLOY = "deploy"
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 MAX_NAME = 40  # characters; generation and digest follow it in the pool's name, which has 63
 
 
-class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """`with` of a deploy stage."""
-
-    name: str  # of the deployment: clients call model.<name>.<method>
-    model: str  # digest
-    plugin: str = "encoder"  # the server plugin that runs it
-    instances: int = 1
-
-
-class Deployed(Struct, frozen=True):
-    """Result of a deploy stage."""
-
-    model: str  # name of the deployment
-    generation: int
-    artifact: str  # digest
-    pool: str
-
-
-class Deployment(Struct, frozen=True):
-    """The record in KV `deployments` under `model.<name>`: what answers under the name now."""
-
-    name: str
-    generation: int
-    artifact: str  # digest
-    pool: str
-    plugin: str
-    job: str  # the replica: it holds the resources
-    run: str = ""
-    when: float = 0.0  # Unix seconds
-
-    def result(self) -> dict[str, Any]:
-        """As the result of the stage."""
-        result: dict[str, Any] = msgspec.to_builtins(Deployed(self.name, self.generation, self.artifact, self.pool))
-        return result
+def result_of(deployment: Deployment) -> dict[str, Any]:
+    """The deployment as the result of its stage."""
+    deployed = Deployed(deployment.name, deployment.generation, deployment.artifact, deployment.pool)
+    result: dict[str, Any] = msgspec.to_builtins(deployed)
+    return result
 
 
 def request_of(job: JobRecord) -> DeployRequest:

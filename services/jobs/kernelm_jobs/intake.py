@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from kernelm_contracts.jobs import JobRecord, JobSpec
+from kernelm_contracts.jobs import DEPLOY, DeployRequest, JobRecord, JobSpec
 from kernelm_jobs.cluster import Cluster
-from kernelm_jobs.deployment import DEPLOY, DeployRequest, already_serves, check
+from kernelm_jobs.deployment import already_serves, check, result_of
 from kernelm_jobs.rounds import plugins_for, version_of
 from kernelm_jobs.runs import check_resources, content_key, digests_in, normalized, signature
 from kernelm_jobs.states import FINAL, step
@@ -107,7 +107,7 @@ class Intake:
         deployment = self._table.deployments.get(request.name)
         if deployment is None or not already_serves(request, deployment, system):
             return None
-        return deployment.result(), f"{request.name} serves this model already, as generation {deployment.generation}"
+        return result_of(deployment), f"{request.name} serves this model already, as generation {deployment.generation}"
 
     async def _result(self, key: str) -> tuple[dict[str, Any], str] | None:
         """The result of a finished job of the same content, if all artifacts that it names are still in the store."""

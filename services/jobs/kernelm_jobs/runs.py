@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 from msgspec import inspect as types
 
-from kernelm_contracts.jobs import JobRecord, RunRecord, RunSpec, StageSpec
+from kernelm_contracts.jobs import DEPLOY, Deployed, DeployRequest, JobRecord, RunRecord, RunSpec, StageSpec
 from kernelm_jobs import deployment
-from kernelm_jobs.deployment import DEPLOY, DIGEST, Deployed, DeployRequest, is_replica
+from kernelm_jobs.deployment import DIGEST, is_replica
 from kernelm_sdk.contract import CONTRACTS, Method, token
 from kernelm_sdk.errors import ClientFault, FaultBody
 from kernelm_sdk.system import Resources

@@ -46,7 +46,7 @@ class JobsService:
         self._tasks: list[asyncio.Task[None]] = []
         self._ended_parents: asyncio.Queue[JobRecord] = asyncio.Queue()
 
-    async def start(self) -> None:
+    async def on_start(self) -> None:
         """Read the records and go on with what was under way."""
         await self.table.load()
         await self._bus.follow(self._instance_event, "evt.plugin.state.*")
@@ -59,7 +59,7 @@ class JobsService:
         loops = (self.table.run, self.dispatcher.run, self.pipelines.run, self.watch.run, self._cancel_orphans)
         self._tasks = [asyncio.create_task(_for_ever(loop)) for loop in loops]
 
-    async def stop(self) -> None:
+    async def on_stop(self) -> None:
         """Stop deciding, let the events out. Jobs go on: their instances repeat their reports until a new service answers."""
         publisher, *others = self._tasks
         for task in others:

@@ -12,8 +12,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from kernelm_contracts.jobs import JobChanged, JobProgress, JobRecord, RunRecord
-from kernelm_jobs.deployment import Deployment
+from kernelm_contracts.jobs import Deployment, JobChanged, JobProgress, JobRecord, RunRecord
 from kernelm_jobs.states import FINAL, HOLDING
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.errors import ClientFault, KernelFault

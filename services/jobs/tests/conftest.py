@@ -68,7 +68,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ScriptedServer(Plugin, Server):
     Settings = ServerSettings
 
-    async def start(self) -> None:
+    async def on_start(self) -> None:
         if self.settings.model and self.settings.model.artifact == digest("broken"):
             raise RuntimeError("no such model")
         delays = {digest("slow"): 60.0, digest("slowish"): 2.5}
@@ -118,14 +118,16 @@ class InProcessNode:
         await member.bus._client.close()  # at once: nothing is flushed
         task.cancel()
 
-    async def start(self, request: StartInstance | None = None, call: Any = None) -> Running | None:
-        if request is None:  # the service itself starts
-            return None
+    async def on_start(self) -> None: ...
+
+    async def on_stop(self) -> None: ...
+
+    async def start(self, request: StartInstance, call: Any) -> Running:
         await self.start_instance(request)
         return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
 
-    async def stop(self, request: InstanceName | None = None, call: Any = None) -> Empty:
-        if request is not None and (entry := self.members.get(request.instance)):
+    async def stop(self, request: InstanceName, call: Any) -> Empty:
+        if entry := self.members.get(request.instance):
             self.stopped.append(request.instance)
             entry[0].stopping.set()
             await asyncio.wait([entry[1]], timeout=min(request.grace_s, 0.5))

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from kernelm_contracts.jobs import JobRecord, JobSpec
+from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, NodeState, PendingJob, PlacedJob
-from kernelm_jobs.deployment import Deployment, DeployRequest, already_serves, outdated_pools, pool_spec, trouble
+from kernelm_jobs.deployment import already_serves, outdated_pools, pool_spec, trouble
 from kernelm_jobs.rounds import check, choose, cluster_state, deadlock, pending_job, plugins_for, workers
 from kernelm_sdk.system import Destination, Instance, NodeReport, PoolSpec, Resources, Route, SystemState
 

@@ -68,12 +68,16 @@ class NodeService:
 
     # ---- node/1 ----
 
-    async def start(self, request: StartInstance | None = None, call: Any = None) -> Running | None:
-        """node/1.start. Repeating it is harmless. Without a request it is the runner's hook of the same name: adopt what
-        an earlier node process started."""
-        if request is None:
-            await self._adopt()
-            return None
+    async def on_start(self) -> None:
+        """Adopt what an earlier node process started."""
+        await self._adopt()
+
+    async def on_stop(self) -> None:
+        """Stop all, the latest first."""
+        await self._stop_all()
+
+    async def start(self, request: StartInstance, call: Any) -> Running:
+        """Start an instance. Repeating the request is harmless."""
         async with self._starting:
             if entry := self._entries.get(request.instance):
                 if (entry.handle.pool, entry.handle.plugin) != (request.pool, request.plugin):
@@ -82,12 +86,10 @@ class NodeService:
             await self._check(request)
             return (await self._launch(request)).running()
 
-    async def stop(self, request: InstanceName | None = None, call: Any = None) -> Empty:
-        """node/1.stop: ask it to stop, kill it with all it started after `grace_s`; returns when it has ended. One that
-        does not run is stopped already. Without a request, the runner's hook: stop all, the latest first."""
-        if request is None:
-            await self._stop_all()
-        elif entry := self._entries.get(request.instance):
+    async def stop(self, request: InstanceName, call: Any) -> Empty:
+        """Ask it to stop, kill it with all it started after `grace_s`; returns when it has ended. One that does not run
+        is stopped already."""
+        if entry := self._entries.get(request.instance):
             await self._end(entry, request.grace_s)
         return Empty()
 

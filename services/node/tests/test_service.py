@@ -58,10 +58,10 @@ async def node(tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KERNELM_URL", "nats://127.0.0.1:1")
     program(monkeypatch, SLEEP)
     node = NodeService(kernel, tmp_path)
-    await node.start()
+    await node.on_start()
     yield node
     kernel.away = False
-    await node.stop()
+    await node.on_stop()
 
 
 def program(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -148,7 +148,7 @@ async def test_all_stop_in_the_reverse_order_of_their_start(node: NodeService, t
     for name in names:
         await node.start(request(name), None)
         await up(tmp_path, name)
-    await node.stop()
+    await node.on_stop()
     ended = {name: int((tmp_path / "logs" / f"{name}.log").read_text().split()[-1]) for name in names}
     assert sorted(names, key=ended.__getitem__) == names[::-1]
 
@@ -161,16 +161,16 @@ async def test_an_end_that_the_kernel_was_not_told_is_told_by_the_next_node(node
     await until(lambda: not node._entries, 10, "its end")
     assert not started_at(running.pid)
     monkeypatch.setattr("kernelm_node.service.FAREWELL_S", 0.1)
-    await node.stop()
+    await node.on_stop()
     assert kernel.reports == []
     kernel.away = False
-    await NodeService(kernel, tmp_path).start()
+    await NodeService(kernel, tmp_path).on_start()
     assert (await kernel.report()).code == 5
 
 
 async def test_a_handle_that_can_not_be_read_is_put_aside(node: NodeService, kernel: Kernel, tmp_path: Path) -> None:
     (tmp_path / "run" / "instances" / "x-1.json").write_text('{"version": 99}')
-    await NodeService(kernel, tmp_path).start()
+    await NodeService(kernel, tmp_path).on_start()
     assert (tmp_path / "run" / "instances" / "x-1.unreadable").exists()
     assert kernel.reports == []
 
