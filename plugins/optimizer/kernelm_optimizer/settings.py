@@ -11,7 +11,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     train: Resources = Resources(cpu=1.5, memory_mb=3000)  # what each training of a candidate asks for: less than a small
     # node has, since this job and a deployment that serves hold some of it meanwhile
     measure: Resources = Resources(cpu=1.5, memory_mb=3000)  # what each measurement asks for
-    rounds: int = 5  # of each measurement; models take turns within a round
+    rounds: int = 3  # of each measurement; models take turns within a round
     poll_max_s: float = 1.0  # longest pause between two looks at the jobs that are waited for
     patience_s: float = 60.0  # how long the job table may be away before the search gives up
     reduce_range: bool = False  # 7-bit weights; for processors without VNNI, where 8-bit sums can saturate

@@ -1,5 +1,6 @@
 """A `RunView` as it is drawn on a terminal, and as plain lines where there is none. Pure: the clock is an argument."""
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from kernelm_cli.results import key_result
+from kernelm_cli.results import key_result, short
 from kernelm_contracts.jobs import JobRecord, RunView
 from kernelm_sdk.system import Progress
 
@@ -20,10 +21,13 @@ MARKS = {"done": Text("✓", "bold green"), "dead": Text("✗", "bold red"), "ca
 METRICS = {
     "loss": ("loss {}", "{:.4f}"), "accuracy": ("accuracy {}", "{:.4f}"), "tokens_per_s": ("{} tokens/s", "{:,.0f}"),
     "documents_per_s": ("{} docs/s", "{:,.0f}"), "docs_per_s": ("{} docs/s", "{:,.0f}"), "best": ("best {}", "{:.4f}"),
+    "latency_ms": ("{} ms", "{:.2f}"), "throughput": ("{} docs/s", "{:,.0f}"), "memory_mb": ("{} MB", "{:,.0f}"),
+    "load_s": ("loaded in {} s", "{:.1f}"), "learning_rate": ("rate {}", "{:.1e}"),
 }  # fmt: skip
 LEFT = ("left_s", "eta_s", "time_left_s", "remaining_s")  # a plugin's own estimate goes before ours
 HIDDEN = frozenset({*LEFT, "elapsed_s"})
 PLAIN_EVERY_S = 10.0
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Line(NamedTuple):
@@ -78,6 +82,11 @@ def left(job: JobRecord, now: float) -> str:
     return ""
 
 
+def readable(message: str) -> str:
+    """A message with its digests cut to the 12 digits that are enough to tell two apart."""
+    return DIGEST.sub(lambda found: short(found[0]), message)
+
+
 def metrics(progress: Progress) -> str:
     """The figures that matter, at most three; a rate of 0 says nothing."""
     known = [METRICS[k][0].format(METRICS[k][1].format(progress.metrics[k])) for k in METRICS if progress.metrics.get(k)]
@@ -125,7 +134,7 @@ class RunDrawing:
             return MARKS[job.state], name, "", Text(f"{job.state}: {job.why}" if job.why else job.state, "dim"), ""
         progress = job.progress
         bar = ProgressBar(total=1.0, completed=progress.fraction, width=20, pulse=progress.fraction == 0.0)
-        text = " · ".join(p for p in (progress.phase, progress.message, metrics(progress)) if p)
+        text = " · ".join(p for p in (progress.phase, readable(progress.message), metrics(progress)) if p)
         times = " · ".join(p for p in (duration(took(job, now)), left(job, now)) if p)
         return self._spinner, name, bar, Text(text), Text(times, "dim")
 
@@ -162,4 +171,4 @@ def plain(job: JobRecord, now: float) -> str:
     progress = job.progress
     times = (duration(took(job, now)), left(job, now))
     return "running: " + " · ".join(
-        p for p in (progress.phase, f"{progress.fraction:.0%}", progress.message, metrics(progress), *times) if p)
+        p for p in (progress.phase, f"{progress.fraction:.0%}", readable(progress.message), metrics(progress), *times) if p)
