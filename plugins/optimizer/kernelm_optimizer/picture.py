@@ -76,7 +76,7 @@ def _axes(axes: Any, measured: Sequence[Row], max_drop: float) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     best = max(accuracies)
     axes.axhspan(best - max_drop, best, color="#009E73", alpha=0.10, lw=0, zorder=0)
-    axes.text(0.005, best - max_drop / 2, f"within {100 * max_drop:g} points of the best", va="center",
+    axes.text(0.995, best - max_drop / 2, f"within {100 * max_drop:g} points of the best", va="center", ha="right",
               transform=axes.get_yaxis_transform(), color="#00664a", fontsize=8)
     axes.set_xlabel("latency of one document, ms (median, log scale)", color=INK)
     axes.set_ylabel(f"accuracy on the validation split ({documents} documents)", color=INK)

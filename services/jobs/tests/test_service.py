@@ -75,6 +75,26 @@ async def test_bad_input_fails_at_once_and_ends_in_the_dead_letter_queue(kit: Ki
     assert await until(letters) == ["dlq.jobs.news-1-train"]
 
 
+async def test_a_cancelled_run_s_half_done_work_is_taken_up_by_the_next_run(kit: Kit) -> None:
+    await kit.pools("scheduler", "trainer")
+    saved = asyncio.Event()
+
+    async def half(request: TrainRequest, job: Job) -> Trained:
+        if not job.checkpoint:
+            assert job.report is not None
+            await job.report("sha256:half")
+            saved.set()
+            return await forever(request, job)
+        return kit.trained(f"from {job.checkpoint}")
+
+    kit.acts["train"] = half
+    first = await kit.submit(ALONE)
+    await asyncio.wait_for(saved.wait(), 20)
+    await kit.bus.call(Jobs.cancel_run, RunName(first.id))
+    view = await kit.end((await kit.submit(ALONE)).id)
+    assert (view.run.state, view.jobs[0].result["model"]) == ("done", "from sha256:half")
+
+
 async def test_a_killed_worker_s_job_goes_on_from_its_checkpoint(kit: Kit) -> None:
     await kit.pools("scheduler", "trainer")
     saved = asyncio.Event()
