@@ -80,6 +80,8 @@ def test_nothing_of_one_machine_is_committed() -> None:
 
 def test_files_and_functions_keep_their_size() -> None:
     for path in sources("kernel", "plugins", "services"):
+        if "tests" in path.parts:
+            continue
         text = path.read_text()
         assert len(text.splitlines()) <= 400, f"{path} has {len(text.splitlines())} lines: what is it made of?"
         for node in ast.walk(ast.parse(text)):

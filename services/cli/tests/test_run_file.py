@@ -48,7 +48,7 @@ def test_sources_are_replaced_by_digests_in_place_and_the_spec_stays_as_it_was()
     digests = {s.folder: f"sha256:{n:064x}" for n, s in enumerate(file.sources)}
     resolved = file.resolved(digests)
     assert resolved.stage[0].with_["source"] == digests[file.sources[0].folder]
-    assert resolved.stage[2].with_["candidates"][3]["train"]["base"] == digests[file.sources[1].folder]
+    assert resolved.stage[2].with_["candidates"][2]["train"]["base"] == digests[file.sources[1].folder]
     assert resolved.stage[1].with_["dataset"] == "${data.dataset}"
     assert file.spec.stage[0].with_["source"] == before
 
