@@ -145,12 +145,14 @@ class Bus:
 
     def _fail(self, token: str, fault: Fault) -> None:
         entry = self._waiting.pop(token, None)
-        if entry is None:
-            return
-        if isinstance(entry[1], asyncio.Queue):
+        if entry is not None and isinstance(entry[1], asyncio.Queue):
             entry[1].put_nowait(fault)
-        elif not entry[1].done():
+        elif entry is not None and not entry[1].done():
             entry[1].set_exception(fault)
+
+    def _expire(self, token: str, after_s: float) -> None:
+        if entry := self._waiting.get(token):
+            self._fail(token, KernelFault("timeout", f"no answer on {entry[0]} within {after_s:g} s", retriable=True))
 
     async def _on_reply(self, msg: Msg) -> None:
         token = msg.subject.rpartition(".")[2]
@@ -174,8 +176,7 @@ class Bus:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Msg] = loop.create_future()
         self._waiting[token] = (subject, future)
-        timer = loop.call_later(timeout_s, self._fail, token, KernelFault(
-            "timeout", f"no answer on {subject} within {timeout_s:g} s", retriable=True))  # fmt: skip
+        timer = loop.call_later(timeout_s, self._expire, token, timeout_s)
         try:
             await self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
             msg = await future
@@ -231,14 +232,14 @@ class Bus:
         subject = self._subject(declared, method, model, instance)
         token, frames = self._token(), asyncio.Queue[Msg | Fault]()
         self._waiting[token] = (subject, frames)
-        count, credit = 0, ""
+        count, credit, late = 0, "", KernelFault("timeout", f"no frame on {subject} within {idle_s:g} s", retriable=True)
         try:
             await self._client.publish(subject, encode(request), reply=f"{self._inbox}.{token}")
             while True:
                 try:
                     msg = await asyncio.wait_for(frames.get(), idle_s)
                 except TimeoutError:
-                    raise KernelFault("timeout", f"no frame on {subject} within {idle_s:g} s", retriable=True) from None
+                    raise late from None
                 if isinstance(msg, Fault):
                     raise msg
                 _raise_if_fault(msg, subject)

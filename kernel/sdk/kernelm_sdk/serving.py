@@ -33,13 +33,13 @@ class Served:
         self.answered = self.failed = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self._bus, self._models, self._make_call = bus, models, make_call or Call
-        self._handlers: dict[tuple[str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
+        self._handlers: dict[tuple[str, str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
         for key, (method, handler) in handlers.items():
             entry = (method, handler, msgspec.json.Decoder(Dispatch if method.kind == "job" else method.request))
-            contract, _, name = key.rpartition(".")
-            self._handlers[(contract, name)] = entry
+            contract, version, name = key.split(".")
+            self._handlers[contract, version, name] = entry
             if method.scope == "model":
-                self._handlers[("model", name)] = entry
+                self._handlers["model", "", name] = entry
 
     async def on_message(self, msg: Any) -> None:
         task = asyncio.get_running_loop().create_task(self._answer(msg))
@@ -50,7 +50,7 @@ class Served:
         try:
             _, _, contract, version, name, caller = msg.subject.split(".")
             model = version if contract == "model" else ""
-            entry = self._handlers.get(("model", name) if model else (f"{contract}.{version}", name))
+            entry = self._handlers.get((contract, "" if model else version, name))
             if entry is None:
                 raise ClientFault("unsupported_method", f"{msg.subject}: not served here")
             if model and model not in self._models:
