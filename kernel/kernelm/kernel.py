@@ -90,9 +90,11 @@ class KernelService:
         await self._route("kernel/1", "kernel")
         for manifest in self.manifests.values():
             first_party = manifest.entry.startswith("kernelm_")
-            if manifest.default and (first_party or not safe) and manifest.name not in self.supervisor.pools:
-                await self.supervisor.want(PoolSpec(manifest.name, manifest.name, 0 if manifest.each_node else 1,
-                                                    manifest.each_node, runtime=manifest.runtimes[0]))  # fmt: skip
+            kept = self.supervisor.pools.get(manifest.name)
+            spec = PoolSpec(manifest.name, manifest.name, 0 if manifest.each_node else max(1, kept.instances if kept else 1),
+                            manifest.each_node, runtime=manifest.runtimes[0], settings=kept.settings if kept else {})  # fmt: skip
+            if manifest.default and (first_party or not safe) and kept != spec:  # new, or its manifest has changed
+                await self.supervisor.want(spec)
         self.bus.reconnected.append(self._reconnected)
         for work in (self.supervisor.run(), self._watch(), self._audit()):
             self._spawn(work)
