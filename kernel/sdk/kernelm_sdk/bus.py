@@ -144,11 +144,11 @@ class Bus:
     # ---- requests ----
 
     def _fail(self, token: str, fault: Fault) -> None:
-        entry = self._waiting.pop(token, None)
-        if entry is not None and isinstance(entry[1], asyncio.Queue):
-            entry[1].put_nowait(fault)
-        elif entry is not None and not entry[1].done():
-            entry[1].set_exception(fault)
+        _, sink = self._waiting.pop(token, ("", None))
+        if isinstance(sink, asyncio.Queue):
+            sink.put_nowait(fault)
+        elif sink is not None and not sink.done():
+            sink.set_exception(fault)
 
     def _expire(self, token: str, after_s: float) -> None:
         if entry := self._waiting.get(token):
