@@ -18,7 +18,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELM = [str(Path(sys.executable).parent / "kernelm")]
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def kernelm(home: Path, *words: str) -> None:
@@ -27,6 +27,11 @@ def kernelm(home: Path, *words: str) -> None:
     code = subprocess.run([*KERNELM, *words, "--home", str(home)], cwd=ROOT, check=False).returncode
     if code:
         raise SystemExit(code)
+
+
+def quietly(home: Path, *words: str) -> None:
+    """Run `kernelm WORDS` without showing what it says."""
+    subprocess.run([*KERNELM, *words, "--home", str(home)], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 
 def asked(home: Path, *words: str) -> Any:
@@ -54,7 +59,7 @@ def use(home: Path) -> None:
     console.print("\n[bold cyan]$ kernelm key create demo --models news[/]")
     key = asked(home, "key", "create", "demo", "--models", "news", "--methods", "classify")
     table = Table(title=f'the same article ("{text.split(chr(10))[0][:60]}", filed under {truth})', title_justify="left")
-    for column in ("way", "label", "probability", "model", "generation", "artifact", "in the server", "whole command"):
+    for column in ("way", "label", "probability", "model", "generation", "artifact", "server", "command"):
         table.add_column(column)
     answers = []
     for way in ("nats", "http", "grpc"):
@@ -66,7 +71,7 @@ def use(home: Path) -> None:
         table.add_row(way, best["label"], f"{best['score']:.4f}", reply["model"], str(reply["generation"]), reply["artifact"][7:19],
                       f"{reply['took_ms']:.1f} ms", f"{took:.1f} s")  # fmt: skip
     console.print(table)
-    asked(home, "key", "revoke", key["key"]["id"])
+    quietly(home, "key", "revoke", key["key"]["id"])
     if len(set(answers)) != 1:
         console.print("[bold red]the three ways do not agree[/]")
         raise SystemExit(1)
