@@ -95,7 +95,7 @@ def main() -> None:
     finally:
         if not parsed.keep:
             kernelm(home, "down")
-    console.print(Panel(f"real text became a served model in {time.time() - begun:.0f} s\nhome: {home} (delete it to begin anew)",
+    console.print(Panel(f"from real text to a served model in {time.time() - begun:.0f} s\nhome: {home} (delete it to begin anew)",
                         title="[bold green]done[/]", title_align="left", border_style="green", expand=False))  # fmt: skip
 
 

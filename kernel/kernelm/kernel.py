@@ -84,9 +84,8 @@ class KernelService:
         await self.supervisor.recover()
         await self.router.lead()
         await self.bus.serve(handlers_of(self, "kernel/1"), pool="kernel", instance="kernel")
-        if "kernel" not in self.registry.instances:
-            await self.registry.happens("kernel", "hello", plugin="kernel", version="", pool="kernel", contracts=("kernel/1",))
-            await self.registry.happens("kernel", "ready")
+        await self.registry.happens("kernel", "hello", plugin="kernel", pool="kernel", contracts=("kernel/1",))
+        await self.registry.happens("kernel", "ready")
         await self._route("kernel/1", "kernel")
         for manifest in self.manifests.values():
             first_party = manifest.entry.startswith("kernelm_")
