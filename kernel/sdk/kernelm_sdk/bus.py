@@ -25,7 +25,7 @@ from kernelm_sdk.contract import TOKEN, Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body
 from kernelm_sdk.events import Event, Received, envelope, received
 from kernelm_sdk.records import Bucket
-from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, WINDOW, Served, encode, handlers_of
+from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, WINDOW, Direct, Served, encode, handlers_of
 from kernelm_sdk.system import Dispatch
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -79,15 +79,14 @@ class Bus:
                 error_cb=on_error, disconnected_cb=bus._on_disconnect, reconnected_cb=bus._on_reconnect,
             ), timeout_s)  # fmt: skip
         except Exception as error:
-            with contextlib.suppress(Exception):
-                await bus._client.close()
+            await bus.close()
             cause = "; ".join(problems[-1:]) or str(error) or type(error).__name__
             if "uthorization" in cause:
                 raise ClientFault("unauthorized", f"the broker at {url} refused {bus.user!r}: {cause}",
                                   "the key is wrong, expired or revoked: get a new one") from None  # fmt: skip
             raise KernelFault("broker_unreachable", f"no broker at {url}: {cause}", "is `kernelm up` running?",
                               retriable=True) from None  # fmt: skip
-        await bus._client.subscribe(f"{bus._inbox}.*", cb=bus._on_reply)
+        Direct.replace(await bus._client.subscribe(f"{bus._inbox}.*", pending_bytes_limit=0), bus._on_reply)
         return bus
 
     async def close(self) -> None:
@@ -154,17 +153,13 @@ class Bus:
         if entry := self._waiting.get(token):
             self._fail(token, KernelFault("timeout", f"no answer on {entry[0]} within {after_s:g} s", retriable=True))
 
-    async def _on_reply(self, msg: Msg) -> None:
+    def _on_reply(self, msg: Msg) -> None:
         token = msg.subject.rpartition(".")[2]
-        entry = self._waiting.get(token)
-        if entry is None:
-            return
-        if isinstance(entry[1], asyncio.Queue):
-            entry[1].put_nowait(msg)
-            return
-        del self._waiting[token]
-        if not entry[1].done():
-            entry[1].set_result(msg)
+        _, sink = self._waiting.get(token, ("", None))
+        if isinstance(sink, asyncio.Queue):
+            sink.put_nowait(msg)
+        elif sink is not None and not sink.done():
+            sink.set_result(msg)
 
     def _token(self) -> str:
         self._next += 1
@@ -265,13 +260,16 @@ class Bus:
         """Answer for `handlers` ("<contract>.v<major>.<method>" -> method and coroutine function) in the queue group of the
         pool and on the instance's own subjects. The token of the caller comes from the subject, which the broker guards."""
         served = Served(self, handlers, models, make_call)
-        served.subscriptions = [await self._subscribe(f"impl.{pool}.>", served.on_message, pool),
-                                await self._subscribe(f"inst.{instance}.>", served.on_message)]  # fmt: skip
+        served.subscriptions = [await self._subscribe(f"impl.{pool}.>", None, pool, served.on_message),
+                                await self._subscribe(f"inst.{instance}.>", None, "", served.on_message)]  # fmt: skip
         return served
 
-    async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]], queue: str = "") -> Any:
+    async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]] | None, queue: str = "",
+                         direct: Callable[[Msg], None] | None = None) -> Any:  # fmt: skip
         self._denied.pop(subject.lower(), None)
-        subscription = await self._client.subscribe(subject, queue=queue, cb=callback)
+        subscription = await self._client.subscribe(subject, queue=queue, cb=callback, pending_bytes_limit=0 if direct else 2**27)
+        if direct:
+            Direct.replace(subscription, direct)
         await self._barrier()  # a denial comes back before its answer
         if subject.lower() in self._denied:
             raise ClientFault("permission_denied", f"{self.user!r} may not subscribe to {subject!r}")

@@ -22,6 +22,26 @@ log = logging.getLogger("kernelm.serving")
 encode = msgspec.json.Encoder().encode
 
 
+class Direct(asyncio.Queue[Any]):
+    """In place of a nats-py subscription's queue: hands each message over at once. The queue and the task behind it cost
+    a turn of the event loop on both sides of every call, and would handle one message after another."""
+
+    def __init__(self, deliver: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._deliver = deliver
+
+    def put_nowait(self, item: Any) -> None:
+        self._deliver(item)
+
+    @classmethod
+    def replace(cls, subscription: Any, deliver: Callable[[Any], None]) -> None:
+        """Deliver what waits already, then everything that comes."""
+        waiting = subscription._pending_queue
+        subscription._pending_queue = cls(deliver)
+        while not waiting.empty():
+            deliver(waiting.get_nowait())
+
+
 class Served:
     """What one instance serves. `fence()` ends it without losing a message."""
 
@@ -41,7 +61,7 @@ class Served:
             if method.scope == "model":
                 self._handlers["model", "", name] = entry
 
-    async def on_message(self, msg: Any) -> None:
+    def on_message(self, msg: Any) -> None:
         task = asyncio.get_running_loop().create_task(self._answer(msg))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
