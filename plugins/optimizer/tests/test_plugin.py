@@ -190,9 +190,9 @@ async def test_a_winner_that_is_int8_already_is_not_quantized_again(world, tfidf
 
 
 async def test_the_budget_cancels_what_is_under_way(world):
-    found = await world.search(GOOD, ENDLESS, budget_s=0.3, quantize=False)
+    found = await world.search(GOOD, ENDLESS, budget_s=4.0, quantize=False)
     assert found.winner == "good"
-    assert found.rows[1].outcome == "not measured: the budget of 0.3 s was spent with 40 % of its training done"
+    assert found.rows[1].outcome == "not measured: the budget of 4 s was spent with 40 % of its training done"
     assert world.jobs["j1"].state == "cancelled"
 
 
