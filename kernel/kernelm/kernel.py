@@ -15,7 +15,7 @@ import msgspec
 
 from kernelm.identity import LIFETIME_S, Authority, Grant
 from kernelm.journal import AuditTrail, audit, create_assets
-from kernelm.registry import Lease, Registry
+from kernelm.registry import LEASE_TTL_S, Lease, Registry
 from kernelm.router import Router
 from kernelm.supervisor import Supervisor
 from kernelm_sdk.bus import Bus, handlers_of
@@ -46,7 +46,6 @@ from kernelm_sdk.system import (
 )
 
 log = logging.getLogger("kernelm")
-LEASE_S = 5
 AUDIT_EVERY_S = 600.0
 
 
@@ -60,8 +59,6 @@ class Member(msgspec.Struct, frozen=True):
 
 class KernelService:
     """One kernel. `start` takes the leadership; a kernel that is deposed ends itself."""
-
-    name = "kernel"
 
     def __init__(self, home: Path, system: Bus, bus: Bus) -> None:
         self.authority, self.bus, self._system = Authority(home), bus, system
@@ -119,7 +116,7 @@ class KernelService:
         while not self.deposed.is_set():
             await asyncio.sleep(1.0)
             try:
-                await self._lease.put("kernel", Lease("kernel", time.time()), -1, ttl_s=LEASE_S)
+                await self._lease.put("kernel", Lease("kernel", time.time()), -1, ttl_s=LEASE_TTL_S)
                 await self.registry.check_leases()
                 await self.router.check()
             except KernelFault as fault:
@@ -205,7 +202,7 @@ class KernelService:
         known = self.registry.instances.get(request.instance)
         instance = await self.registry.hello(request, grant, known.node if known else "")
         spec = self.supervisor.pools.get(instance.pool)
-        return Welcome(instance.pool, instance.contracts, LEASE_S, spec.settings if spec else {})
+        return Welcome(instance.pool, instance.contracts, LEASE_TTL_S, spec.settings if spec else {})
 
     async def ready(self, request: Ready, call: Any) -> Instance:
         if request.instance != call.caller:

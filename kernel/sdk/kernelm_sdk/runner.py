@@ -32,7 +32,6 @@ from kernelm_sdk.system import (
     Empty,
     Hello,
     Kernel,
-    Lifecycle,
     Probe,
     Ready,
     RenewRequest,
@@ -93,10 +92,10 @@ class Member:
 
     async def _renew_lease(self, ttl_s: int) -> None:
         """Renew the lease every third of it, and the JWT at two thirds of its life; give up when orphaned."""
-        body = encode({"instance": self.name, "renewed": time.time()})
         renew_at = time.time() + (self.bus.credentials.expires - time.time()) * 2 / 3
         while True:
             try:
+                body = encode({"instance": self.name, "renewed": time.time()})
                 await self.bus.append(f"$KV.leases.{self.name}", body, {"Nats-TTL": str(ttl_s)})
                 self._connected_at = time.monotonic()
                 if self.bus.credentials.expires and time.time() > renew_at:
@@ -282,7 +281,7 @@ def _main(main: Callable[[], Any]) -> int:
         return 1
 
 
-__all__ = ["Lifecycle", "Member", "run_instance", "run_service"]
+__all__ = ["Member", "run_instance", "run_service"]
 
 if __name__ == "__main__":
     sys.exit(_main(lambda: run_instance(os.environ)))
