@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernelm.identity import Authority
+from kernelm.identity import Authority, write_secret
 from kernelm_sdk.errors import ClientFault
 
 FLOOR = (2, 14, 3)  # authorization bypasses before
@@ -62,9 +62,13 @@ class Broker:
         return f"nats://{self.host}:{self.port}"
 
     def write_config(self) -> Path:
-        """Write `nats.conf`; only the system account is preloaded, the kernel pushes its own."""
+        """Write `nats.conf`, and bare claims of the kernelm account where the broker has none: members may connect, and wait
+        for the kernel, before it is there. What it pushes later stays in force over restarts."""
         for name in ("resolver", "jetstream"):
             (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        claims = self.folder / "resolver" / f"{self.authority.account}.jwt"
+        if not claims.exists():
+            write_secret(claims, self.authority.account_jwt())
         path = self.folder / "nats.conf"
         path.write_text(TEMPLATE.format(
             host=self.host, port=self.port, disk_mb=self.disk_mb, folder=self.folder.resolve(), system=self.authority.system,

@@ -8,6 +8,7 @@ pushes, always everything, `iat` strictly rising, and reads back what is in forc
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -57,25 +58,35 @@ class Router:
         self.revoked = {r.key: r for r, _ in (await self._revoked.all("revoked")).values()}
         await self.push()
 
-    async def set(self, route: Route) -> float:
-        """Make `route` durable and put it in force; the milliseconds that the broker's part took."""
-        total = sum(d.weight for d in route.to)
-        if total != 100 or any(d.weight < 1 for d in route.to):
-            raise ClientFault("invalid", f"route {route.name!r}: weights sum to {total}", "percent: each at least 1, 100 in all")
-        kept = self.table.get(route.name)
-        if kept and kept.generation > route.generation:
-            raise ClientFault("stale_generation", f"{route.name!r} is at generation {kept.generation}, not {route.generation}")
-        key = f"route.{route.kind}.{route.name.replace('/', '.')}"
-        await self._routes.put(key, route, -1, patience_s=10)
-        self.table[route.name] = route
+    async def set_all(self, routes: Iterable[Route], gone: Iterable[str] = (), back: bool = False) -> float:
+        """Make `routes` durable, drop those named in `gone`, and put it all in force by one push; the milliseconds that the
+        broker's part took. A generation only goes down where a swap goes `back`."""
+        for route in routes:
+            total = sum(d.weight for d in route.to)
+            if total != 100 or any(d.weight < 1 for d in route.to):
+                raise ClientFault("invalid", f"route {route.name!r}: weights sum to {total}", "each at least 1 %, 100 % in all")
+            kept = self.table.get(route.name)
+            if kept and kept.generation > route.generation and not back:
+                raise ClientFault("stale_generation", f"{route.name!r} is at generation {kept.generation}, not {route.generation}")
+            await self._routes.put(_key(route), route, -1, patience_s=10)
+            self.table[route.name] = route
+        for name in gone:
+            if name in self.table:
+                await self._routes.delete(_key(self.table.pop(name)))
         return await self.push()
 
-    async def revoke(self, key: str, until: int) -> None:
-        """Refuse the user's JWTs issued up to now; the broker cuts its live connections."""
-        record = Revoked(key, int(time.time()), until)
+    async def revoke(self, key: str, until: int, at: int = 0) -> None:
+        """Refuse the user's JWTs issued up to now, or up to `at` and only from then on; the broker cuts its connections."""
+        if at and key in self.revoked:
+            return  # never later than was said before
+        record = Revoked(key, at or int(time.time()), until)
         await self._revoked.put(f"revoked.{key}", record, -1, patience_s=10)
         self.revoked[key] = record
-        await self.push()
+        if record.at <= time.time():
+            await self.push()
+
+    def _due(self) -> dict[str, int]:
+        return {r.key: r.at for r in self.revoked.values() if r.at <= time.time()}
 
     def mappings(self) -> dict[str, Any]:
         """One wildcard mapping a name: every message scans them all."""
@@ -102,8 +113,7 @@ class Router:
             for key in [k for k, r in self.revoked.items() if 0 < r.until < time.time()]:
                 await self._revoked.delete(f"revoked.{key}")
                 del self.revoked[key]
-            revocations = {r.key: r.at for r in self.revoked.values()}
-            jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=revocations)
+            jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=self._due())
             begun = time.perf_counter()
             await self._system.request("$SYS.REQ.CLAIMS.UPDATE", jwt.encode(), 5.0)
             took = (time.perf_counter() - begun) * 1e3
@@ -115,8 +125,13 @@ class Router:
         subject = f"$SYS.REQ.ACCOUNT.{self._authority.account}.CLAIMS.LOOKUP"
         in_force = (await self._system.request(subject, b"", 5.0)).data.decode()
         claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
-        same = in_force == jwt if jwt else claims.get("mappings", {}) == self.mappings()
+        same = in_force == jwt if jwt else (
+            claims.get("mappings", {}) == self.mappings() and claims.get("revocations", {}) == self._due())  # fmt: skip
         self.health = "in force" if same else "the broker holds another table"
         if not same:
             raise KernelFault("routes_not_in_force", "the broker did not apply the routing table", "it is pushed again",
                               retriable=True)  # fmt: skip
+
+
+def _key(route: Route) -> str:
+    return f"route.{route.kind}.{route.name.replace('/', '.')}"

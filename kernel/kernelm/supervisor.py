@@ -11,13 +11,13 @@ import secrets
 import time
 from collections import defaultdict, deque
 
+from kernelm.catalog import Catalog
 from kernelm.identity import Authority, Grant
 from kernelm.lifecycle import LIVE
 from kernelm.registry import Registry
 from kernelm_sdk.bus import Bucket, Bus
-from kernelm_sdk.errors import Fault
-from kernelm_sdk.plugin import Manifest, Restart
-from kernelm_sdk.system import DrainRequest, Instance, InstanceName, Lifecycle, Node, PoolSpec, StartInstance
+from kernelm_sdk.errors import ClientFault, Fault
+from kernelm_sdk.system import DrainRequest, Instance, InstanceName, Lifecycle, Manifest, Node, PoolSpec, Restart, StartInstance
 
 log = logging.getLogger("kernelm.supervisor")
 
@@ -25,14 +25,16 @@ log = logging.getLogger("kernelm.supervisor")
 class Supervisor:
     """Makes what runs equal to what is wanted."""
 
-    def __init__(self, bus: Bus, authority: Authority, registry: Registry, manifests: dict[str, Manifest]) -> None:
-        self._bus, self._authority, self._registry, self._manifests = bus, authority, registry, manifests
+    def __init__(self, bus: Bus, authority: Authority, registry: Registry, catalog: Catalog) -> None:
+        self._bus, self._authority, self._registry, self._catalog = bus, authority, registry, catalog
         self._records: Bucket[PoolSpec] = bus.bucket("registry", PoolSpec)
         self.pools: dict[str, PoolSpec] = {}
         self.quarantined: dict[str, str] = {}  # pool -> reason
         self._failures: dict[str, deque[float]] = defaultdict(deque)
         self._not_before: dict[str, float] = {}
         self._stopping: dict[str, asyncio.Future[None]] = {}
+        self._starting: dict[str, asyncio.Future[None] | None] = {}  # instances whose start this kernel has asked for
+        self.safe = False  # start kernelm's own plugins only
         self._wake = asyncio.Event()
 
     async def recover(self) -> None:
@@ -52,14 +54,18 @@ class Supervisor:
             await self._records.delete(f"pool.{pool}")
         self._wake.set()
 
-    def restart_of(self, plugin: str) -> Restart:
-        return self._manifests[plugin].restart if plugin in self._manifests else Restart()
+    def nodes(self) -> list[str]:
+        """The nodes that are ready."""
+        found = self._registry.instances.values()
+        return sorted(i.id.removeprefix("node-") for i in found if "node/1" in i.contracts and i.state == "ready")
 
     def ended(self, instance: Instance, code: int) -> None:
         """Note how an instance ended: a failure counts towards the quarantine and delays the next start."""
-        pool, rule = instance.pool, self.restart_of(instance.plugin)
-        if pool not in self.pools:
+        pool = instance.pool
+        if pool not in self.pools or self.pools[pool].parked:
             return
+        manifest = self._catalog.of(self.pools[pool])
+        rule = manifest.restart if manifest else Restart()
         if rule.type == "temporary" or (rule.type == "transient" and code == 0):
             self.quarantined[pool] = f"ended with code {code}; restart is {rule.type!r}"
         elif code != 0:
@@ -92,10 +98,15 @@ class Supervisor:
     async def reconcile(self) -> None:
         """One comparison of wanted and present, and the starts and stops that follow from it."""
         live = [i for i in self._registry.instances.values() if i.state in LIVE]
-        nodes = sorted(i.id.removeprefix("node-") for i in live if "node/1" in i.contracts and i.state == "ready")
-        for spec in list(self.pools.values()):
+        nodes = self.nodes()
+        self._starting = {i.id: self._starting[i.id] for i in live if i.id in self._starting and i.state == "starting"}
+        for spec in [p for p in self.pools.values() if not p.parked]:
             mine = [i for i in live if i.pool == spec.pool and i.id not in self._stopping]
-            if spec.pool in self.quarantined or time.monotonic() < self._not_before.get(spec.pool, 0.0):
+            manifest = self._catalog.of(spec)
+            if manifest is None:
+                self.quarantined[spec.pool] = f"plugin {spec.plugin!r} is not installed"
+            waits = spec.pool in self.quarantined or time.monotonic() < self._not_before.get(spec.pool, 0.0)
+            if waits or manifest is None or (self.safe and not self._catalog.first_party(spec)):
                 continue
             if spec.each_node:
                 targets = [n for n in nodes if all(i.node != n for i in mine)]
@@ -104,44 +115,55 @@ class Supervisor:
                 missing = max(spec.instances - len(mine), 0)
                 targets = [candidates[k % len(candidates)] for k in range(missing)] if candidates else []
                 for surplus in mine[spec.instances :]:
-                    self._stop_soon(surplus)
+                    self._stop_soon(surplus, manifest)
+            for begun in mine:  # by a kernel that may have died before it asked the node: to ask twice is harmless
+                if begun.state == "starting" and begun.id not in self._starting and begun.node in nodes:
+                    self._ask_to_start(begun.id, spec, manifest, begun.node)
             for node in targets:
                 if node in nodes:
-                    await self.start(spec, node)
-        managed = {p for p in (i.pool for i in live) if p in self.pools}
-        for instance in live:
-            if instance.plugin in self._manifests and instance.pool not in managed and instance.id not in self._stopping:
-                self._stop_soon(instance)
+                    name = f"{spec.plugin}-{secrets.token_hex(4)}"
+                    self._starting[name] = None
+                    await self._registry.happens(name, "start", plugin=spec.plugin, version=manifest.version, pool=spec.pool,
+                                                 node=node)  # fmt: skip
+                    self._ask_to_start(name, spec, manifest, node)
+        wanted = {p.pool for p in self.pools.values() if not p.parked}
+        for instance in live:  # of those that this kernel, or one before it, had started
+            if instance.node and instance.pool not in wanted and instance.id not in self._stopping:
+                spec_ = self.pools.get(instance.pool)
+                self._stop_soon(instance, self._catalog.of(spec_) if spec_ else None)
 
-    def _stop_soon(self, instance: Instance) -> None:
-        task = asyncio.ensure_future(self.stop(instance))
+    def _stop_soon(self, instance: Instance, manifest: Manifest | None) -> None:
+        task = asyncio.ensure_future(self.stop(instance, manifest.drain_s if manifest else 30.0))
         self._stopping[instance.id] = task
         task.add_done_callback(lambda _: self._stopping.pop(instance.id, None))
 
-    async def start(self, spec: PoolSpec, node: str) -> None:
-        """Issue a one-time token for a new instance and have the node start it."""
-        manifest = self._manifests.get(spec.plugin)
-        if manifest is None:
-            self.quarantined[spec.pool] = f"plugin {spec.plugin!r} is not installed"
-            return
-        identifier = f"{spec.plugin}-{secrets.token_hex(4)}"
-        grant = Grant("plugin", identifier, spec.pool, spec.plugin, calls=manifest.calls)
-        runtime = spec.runtime or manifest.runtimes[0]
-        await self._registry.happens(identifier, "start", plugin=spec.plugin, version=manifest.version, pool=spec.pool, node=node)
-        token = self._authority.token(identifier, grant)
-        request = StartInstance(identifier, spec.plugin, spec.pool, runtime, token, manifest.needs)
+    def _ask_to_start(self, name: str, spec: PoolSpec, manifest: Manifest, node: str) -> None:
+        """Issue a one-time token and have the node start the instance; a slow node keeps no other pool waiting."""
+        token = self._authority.token(name, Grant("plugin", name, spec.pool, spec.plugin, calls=manifest.calls))
+        request = StartInstance(
+            name, spec.plugin, spec.pool, spec.runtime or manifest.runtimes[0], token, manifest.needs, spec.source,
+            manifest.limits, manifest.isolated, manifest.network, spec.image, spec.artifacts,
+        )  # fmt: skip
+        self._starting[name] = asyncio.ensure_future(self._start_on(node, request))
+
+    async def _start_on(self, node: str, request: StartInstance) -> None:
         try:
             await self._bus.call(Node.start, request, instance=f"node-{node}", timeout_s=30.0)
         except Fault as fault:
-            instance = await self._registry.happens(identifier, "exit", f"node {node} could not start it: {fault.message}")
+            now = self._registry.instances.get(request.instance)
+            if now is None or now.state != "starting":  # the answer was lost: it has said hello already, or is reported dead
+                return
+            instance = await self._registry.happens(request.instance, "exit", f"node {node} could not start it: {fault}")
             self.ended(instance, 1)
+            if isinstance(fault, ClientFault):  # not a matter of time
+                self.quarantined[request.pool] = instance.reason
 
-    async def stop(self, instance: Instance) -> None:
-        """Drain (the broker sends it nothing more, it answers what it has), then stop."""
+    async def stop(self, instance: Instance, drain_s: float = 30.0) -> None:
+        """Drain (the broker sends it nothing more, it answers and finishes what it has), then stop."""
         if instance.state == "ready":
             await self._registry.happens(instance.id, "drain")
             try:
-                await self._bus.call(Lifecycle.drain, DrainRequest(30.0), instance=instance.id, timeout_s=35.0)
+                await self._bus.call(Lifecycle.drain, DrainRequest(drain_s), instance=instance.id, timeout_s=drain_s + 5.0)
             except Fault as fault:
                 log.warning("drain of %s: %s", instance.id, fault.message)
         try:

@@ -23,6 +23,7 @@ import msgspec
 from kernelm.broker import Broker
 from kernelm.identity import Grant, admin, init_home
 from kernelm.kernel import KernelService, open_kernel
+from kernelm.testing.node import InlineNode
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.enrollment import join
 from kernelm_sdk.errors import Fault
@@ -92,12 +93,12 @@ class System:
         writer.close()
         return True
 
-    async def start_kernel(self) -> KernelService:
+    async def start_kernel(self, safe: bool = False) -> KernelService:
         """A kernel in this process, with the test's manifests and no default pools."""
         self.kernel = await open_kernel(self.home, self.broker.url)
-        self.kernel.manifests.clear()
-        self.kernel.manifests.update(self._manifests)
-        await self.kernel.start()
+        self.kernel.catalog.installed.clear()
+        self.kernel.catalog.installed.update(self._manifests)
+        await self.kernel.start(safe)
         self._buses.append(self.kernel.bus)
         return self.kernel
 
@@ -137,6 +138,17 @@ class System:
             task.result()
         await ready
         return member
+
+    async def node(self, plugins: dict[str, tuple[Manifest, type[Plugin]]], name: str = "node-inline") -> InlineNode:
+        """A node whose instances are tasks of this process: see `InlineNode`."""
+        bus = await self.connect(name)
+        node = InlineNode(bus, self.broker.url, self.home / "scratch", plugins)
+
+        async def build(_: dict[str, Any]) -> InlineNode:
+            return node
+
+        await self.member(Member(bus, name, "node", "", ("node/1",)), build)
+        return node
 
     async def service(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start `python -m kernelm_<name>` with a token of its own; returns when it is ready."""

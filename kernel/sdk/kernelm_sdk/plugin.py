@@ -7,14 +7,14 @@ import tomllib
 from collections.abc import Callable, Coroutine
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 
 from kernelm_sdk.contract import Contract
 from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_sdk.events import Event
-from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Progress, PutArtifact, Resources
+from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Manifest, Progress, PutArtifact, Resources, Restart
 
 if TYPE_CHECKING:
     from kernelm_sdk.bus import Bus
@@ -27,40 +27,21 @@ MANIFEST = "kernelm-plugin.toml"
 GROUP = "kernelm.plugins"
 
 
-class Restart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens when an instance ends: after `intensity` failures within `period_s` its pool is quarantined."""
-
-    type: Literal["permanent", "transient", "temporary"] = "permanent"  # always; only after a failure; never
-    intensity: int = 5
-    period_s: float = 60.0
-    backoff_s: float = 0.2  # before the first restart; doubles up to `backoff_max_s`
-    backoff_max_s: float = 10.0
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`kernelm-plugin.toml`: all that is known of a plugin without running its code."""
-
-    name: str
-    version: str
-    summary: str
-    contracts: tuple[str, ...]  # "name/major"
-    entry: str  # "module:Class"
-    runtimes: tuple[str, ...] = ("process",)  # in order of preference
-    each_node: bool = False  # one instance a node (a worker) instead of one in all
-    default: bool = True  # started by `kernelm up`; False for plugins that only run when a pool asks for them
-    calls: tuple[str, ...] = ()  # "contract/major.method" it may call, "contract/major" for all of them
-    max_jobs: int = 1  # jobs at once in one instance
-    needs: Resources = Resources(cpu=0.0, memory_mb=256)  # of an idle instance; a job brings its own request
-    network: bool = False
-    restart: Restart = Restart()
-
-
 def read_manifest(path: Path) -> Manifest:
     """The manifest in the file `path`; ClientFault that names the file and the field if it is not valid."""
     try:
-        return msgspec.convert(tomllib.loads(path.read_text()), Manifest)
-    except (OSError, ValueError, msgspec.ValidationError) as error:
+        text = path.read_text()
+    except (OSError, ValueError) as error:
         raise ClientFault("invalid_manifest", f"{path}: {error}", "see kernel/PROTOCOL.md, 'The manifest'") from None
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """The manifest that `text` (TOML) is; ClientFault that names `where` and the field if it is not valid."""
+    try:
+        return msgspec.convert(tomllib.loads(text), Manifest)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ClientFault("invalid_manifest", f"{where}: {error}", "see kernel/PROTOCOL.md, 'The manifest'") from None
 
 
 def find_manifests() -> tuple[dict[str, Manifest], dict[str, str]]:
@@ -219,4 +200,4 @@ def implemented(plugin: Plugin, identifiers: tuple[str, ...]) -> dict[str, Any]:
     return handlers
 
 
-__all__ = ["Call", "Context", "Job", "JobCancelled", "Manifest", "Plugin", "Resources", "find_manifests"]
+__all__ = ["Call", "Context", "Job", "JobCancelled", "Manifest", "Plugin", "Resources", "Restart", "find_manifests"]

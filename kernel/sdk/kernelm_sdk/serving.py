@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from kernelm_sdk.bus import Bus
 
 ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"  # ADR-32, so that the stock tool shows faults
-DEADLINE, LAST = "Kernelm-Deadline", "Kernelm-Last"
+DEADLINE, LAST, MOVED = "Kernelm-Deadline", "Kernelm-Last", "Kernelm-Moved"
+BUCKETS = 24  # of the latency histogram: up to 2**23 / 16 ms, nearly nine minutes
 WINDOW = 64  # frames of a stream in flight; the consumer grants more at every half
 log = logging.getLogger("kernelm.serving")
 encode = msgspec.json.Encoder().encode
@@ -51,6 +52,7 @@ class Served:
 
         self.subscriptions: list[Any] = []
         self.answered = self.failed = 0
+        self.latency = [0] * BUCKETS  # as in `Probe.latency`
         self.tasks: set[asyncio.Task[None]] = set()
         self._bus, self._models, self._make_call = bus, models, make_call or Call
         self._handlers: dict[tuple[str, str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
@@ -67,6 +69,7 @@ class Served:
         task.add_done_callback(self.tasks.discard)
 
     async def _answer(self, msg: Any) -> None:
+        begun = time.perf_counter()
         try:
             _, _, contract, version, name, caller = msg.subject.split(".")
             model = version if contract == "model" else ""
@@ -89,10 +92,11 @@ class Served:
                 reply = await handler(request, call)
                 if msg.reply:
                     await self._bus._client.publish(msg.reply, encode(reply))
-            self.answered += 1
         except Exception as error:
-            self.failed += 1
+            self.failed += not isinstance(error, ClientFault)
             await self._refuse(msg, error)
+        self.answered += 1
+        self.latency[min(int((time.perf_counter() - begun) * 16e3).bit_length(), BUCKETS - 1)] += 1
 
     async def _refuse(self, msg: Any, error: Exception) -> None:
         if not isinstance(error, Fault):  # a bug: its text stays here, since it may hold what callers must not see
@@ -106,43 +110,50 @@ class Served:
 
     async def _stream(self, msg: Any, frames: AsyncIterator[Any]) -> None:
         """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work."""
-        bus, token = self._bus, self._bus._token()
-        credits: asyncio.Queue[Any] = asyncio.Queue()
-        bus._waiting[token] = (msg.reply, credits)
+        bus, token, target = self._bus, self._bus._token(), msg.reply
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        link, left = bus._link, list[Any]()
+        bus._waiting[token] = (target, answers, link)
         sent = acknowledged = 0
         try:
             async for frame in frames:
-                await bus._client.publish(msg.reply, encode(frame), reply=f"{bus._inbox}.{token}")
+                if bus._link is not link:  # the connection was renewed: acknowledgements are asked for on the new one
+                    await link.barrier()  # or this frame might overtake the one before
+                    link.held.add(token)
+                    left.append(link)
+                    link = bus._link
+                    bus._waiting[token] = (target, answers, link)
+                await link.client.publish(target, encode(frame), reply=f"{link.inbox}.{token}")
                 sent += 1
-                while not credits.empty() or sent - acknowledged >= WINDOW:
-                    answer = await asyncio.wait_for(credits.get(), 60.0)
+                while not answers.empty() or sent - acknowledged >= WINDOW:
+                    answer = await asyncio.wait_for(answers.get(), 60.0)
                     if isinstance(answer, Fault) or answer.data == b"cancel" or (answer.headers or {}).get("Status") == "503":
                         return
-                    acknowledged = int(answer.data)
-            await bus._client.publish(msg.reply, b"", headers={LAST: str(sent)})
+                    acknowledged = max(acknowledged, int(answer.data))
+                    if answer.subject.startswith(link.inbox):  # all frames that named an older one are read
+                        while left:
+                            left.pop().held.discard(token)
+                    if answer.reply and answer.reply != target:  # the consumer's connection was renewed
+                        await link.client.publish(target, b"", headers={MOVED: str(sent)})
+                        target = answer.reply
+            await link.client.publish(target, b"", headers={LAST: str(sent)})
         finally:
             bus._waiting.pop(token, None)
+            for old in left:
+                old.held.discard(token)
             if (close := getattr(frames, "aclose", None)) is not None:
                 await close()
 
     async def fence(self, deadline_s: float = 30.0, keep_instance: bool = False) -> bool:
-        """Unsubscribe at the broker, flush, and let what was delivered be answered. nats-py's own drain loses messages.
-        With `keep_instance` the instance's own subjects stay open (drain). True if all was answered in time."""
-        client = self._bus._client
-        subscriptions = self.subscriptions[:1] if keep_instance else list(self.subscriptions)
-        for subscription in subscriptions:
-            await client._send_unsubscribe(subscription._id)  # the broker stops; the local queue is kept
-        await self._bus._barrier()
+        """Unsubscribe, and let what was delivered be answered. With `keep_instance` the instance's own subjects stay open
+        (drain). True if all was answered in time."""
+        ending = [s for s in self.subscriptions if not keep_instance or s.subject.startswith("impl.")]
+        await self._bus.unsubscribe(*ending)
+        self.subscriptions = [s for s in self.subscriptions if s not in ending]
         until = time.monotonic() + deadline_s
-        while any(s.pending_msgs for s in subscriptions) or self.tasks:
-            if time.monotonic() > until:
-                break
-            await asyncio.wait(list(self.tasks) or [asyncio.create_task(asyncio.sleep(0.001))], timeout=0.05)
-        whole = not self.tasks
-        for subscription in subscriptions:
-            await subscription.unsubscribe()
-            self.subscriptions.remove(subscription)
-        return whole
+        while self.tasks and time.monotonic() < until:
+            await asyncio.wait(list(self.tasks), timeout=0.05)
+        return not self.tasks
 
 
 def handlers_of(implementation: Any, *contracts: str) -> dict[str, tuple[Method, Callable[..., Any]]]:

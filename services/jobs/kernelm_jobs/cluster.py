@@ -1,23 +1,20 @@
-"""What the job table sees of the system: the kernel's state, the nodes' reports, the installed plugins."""
+"""What the job table sees of the system: the kernel's state and the nodes' reports."""
 
 import asyncio
 import logging
 
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import Fault
-from kernelm_sdk.plugin import Manifest, find_manifests
-from kernelm_sdk.system import Empty, Kernel, Node, NodeReport, SystemState
+from kernelm_sdk.system import Empty, Kernel, Manifest, Node, NodeReport, SystemState
 
 log = logging.getLogger("kernelm.jobs")
 
 
 class Cluster:
-    """Asks kernel and nodes; remembers nothing but the manifests."""
+    """Asks kernel and nodes; remembers nothing."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._manifests: dict[str, Manifest] = {}
-        self._looked_for: set[str] = set()
 
     async def system(self, patience_s: float = 0.0) -> SystemState:
         """The kernel's state; KernelFault if it does not answer within `patience_s` and a call's own time-out."""
@@ -38,12 +35,9 @@ class Cluster:
             log.warning("%s does not report: %s", instance, fault.message)
             return None
 
-    def manifests(self, system: SystemState) -> dict[str, Manifest]:
-        """The installed plugins; read again when a plugin runs that was not installed before."""
-        running = {i.plugin for i in system.instances}
-        if not running <= self._looked_for:
-            self._looked_for |= running
-            self._manifests, broken = find_manifests()
-            for name, why in broken.items():
-                log.warning("plugin %s is left out: %s", name, why)
-        return self._manifests
+    @staticmethod
+    def manifests(system: SystemState) -> dict[str, Manifest]:
+        """The plugins that there are, by name; of several with one name the one that a pool runs."""
+        sources = {pool.source for pool in system.pools if not pool.parked}
+        known = sorted(system.plugins, key=lambda p: p.source in sources and p.source != "")
+        return {p.manifest.name: p.manifest for p in known}

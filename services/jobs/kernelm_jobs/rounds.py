@@ -32,13 +32,13 @@ class Worker(Struct, frozen=True):
 
 def workers(system: SystemState, jobs: Iterable[JobRecord], max_jobs: Mapping[str, int],
             condemned: Collection[str] = ()) -> list[Worker]:  # fmt: skip
-    """The ready instances, by id, without those that are about to be stopped (`condemned`). Those of a model's pool are
-    left out too: they serve, and jobs would slow them down."""
+    """The ready instances, by id, without those that are about to be stopped (`condemned`), and without those of a pool that
+    has not proven itself yet. Those of a model's pool are left out too: they serve, and jobs would slow them down."""
     at_work = Counter(job.instance for job in jobs if job.state in HOLDING)
-    serving = {pool.pool for pool in system.pools if not pool.contracts}
+    others = {pool.pool for pool in system.pools if not pool.contracts} | {s.pool for s in system.swaps if s.phase == "starting"}
     return [Worker(i.id, i.node, i.plugin, i.version, i.contracts, max(max_jobs.get(i.plugin, 1) - at_work[i.id], 0))
             for i in sorted(system.instances, key=lambda i: i.id)
-            if i.state == "ready" and i.node and i.pool not in serving and i.id not in condemned]  # fmt: skip
+            if i.state == "ready" and i.node and i.pool not in others and i.id not in condemned]  # fmt: skip
 
 
 def plugins_for(contract: str, wanted: str, system: SystemState, installed: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

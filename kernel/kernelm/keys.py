@@ -1,0 +1,160 @@
+"""Who holds which key: the members' nkeys, which change with every renewal, and the API keys of clients.
+
+A record is written before anything follows from it, and every step may be repeated: an answer can be lost, and the kernel
+can die between any two lines.
+"""
+
+import hashlib
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from kernelm.identity import LIFETIME_S, Authority, Grant
+from kernelm.router import Router
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import (
+    Empty,
+    Enrolled,
+    EnrollRequest,
+    Key,
+    KeyChanged,
+    KeyCreated,
+    KeyList,
+    KeyName,
+    KeyRequest,
+    RenewRequest,
+    RotateKey,
+)
+
+LONGEST_OVERLAP_S = 3600  # a key that was given up is not accepted for longer than this
+
+
+class Member(msgspec.Struct, frozen=True):
+    """Who holds which key, with what rights: what `renew` and revocation need."""
+
+    grant: Grant
+    key: str
+    expires: int
+    previous: str = ""  # the key before the last renewal, revoked at
+    previous_until: int = 0  # Unix seconds
+    previous_expires: int = 0  # of its last JWT
+
+
+class Members:
+    """Enrolls, renews and shuts out the members of the system: records `member.<name>` in KV `registry`."""
+
+    def __init__(self, bus: Bus, authority: Authority, router: Router) -> None:
+        self._records, self._authority, self._router = bus.bucket("registry", Member), authority, router
+
+    async def of(self, name: str) -> Member:
+        member, _ = await self._records.get(f"member.{name}")
+        if member is None:
+            raise ClientFault("unauthorized", f"{name!r} is not enrolled", "enroll with a join token")
+        return member
+
+    async def enroll(self, request: EnrollRequest, call: Any) -> Enrolled:
+        name, grant = self._authority.verify(request.token, "join")
+        if name != call.caller:
+            raise ClientFault("unauthorized", "the token belongs to another connection", "connect with the token itself")
+        used, revision = await self._records.get(f"token.{name}")
+        if used is None:
+            await self._records.put(f"token.{name}", Member(grant, request.public_key, 0), revision, ttl_s=3600)
+        elif used.key != request.public_key:  # the same key again: the first answer was lost
+            raise ClientFault("unauthorized", "the join token was used already", "issue a new one")
+        jwt, expires = self._authority.issue(grant, request.public_key, LIFETIME_S)
+        await self._records.put(f"member.{grant.name}", Member(grant, request.public_key, expires), -1)
+        return Enrolled(grant.name, jwt, expires)
+
+    async def renew(self, request: RenewRequest, call: Any) -> Enrolled:
+        """A JWT for the caller's next key; its present one is revoked after `overlap_s`. Said twice, it is done once."""
+        member, revision = await self._records.get(f"member.{call.caller}")
+        if member is None:
+            raise ClientFault("unauthorized", f"{call.caller!r} is not enrolled", "enroll with a join token")
+        jwt, expires = self._authority.issue(member.grant, request.public_key, LIFETIME_S)
+        if request.public_key == member.key:
+            member = msgspec.structs.replace(member, expires=expires)
+        else:
+            at = int(time.time()) + min(max(request.overlap_s, 0), LONGEST_OVERLAP_S)
+            member = Member(member.grant, request.public_key, expires, member.key, at, member.expires)
+        await self._records.put(f"member.{call.caller}", member, revision)
+        if member.previous_until < member.previous_expires:  # else it ends by itself before
+            await self._router.revoke(member.previous, member.previous_expires, member.previous_until)
+        return Enrolled(call.caller, jwt, expires)
+
+    async def shut_out(self, name: str) -> None:
+        """Cut a member's connections, if it is one, and let it in no more."""
+        member, revision = await self._records.get(f"member.{name}")
+        while member:
+            try:
+                await self._records.delete(f"member.{name}", revision)
+                break
+            except ClientFault:  # it was renewed at this moment
+                member, revision = await self._records.get(f"member.{name}")
+        for key, expires in ((member.key, member.expires), (member.previous, member.previous_expires)) if member else ():
+            if expires > time.time():
+                await self._router.revoke(key, expires)
+
+
+class Keys:
+    """API keys, records in KV `keys`. `note(call, what, on)` writes the audit trail."""
+
+    def __init__(self, bus: Bus, authority: Authority, router: Router, note: Callable[[Any, str, str], Awaitable[None]]) -> None:
+        self._bus, self._authority, self._router, self._note = bus, authority, router, note
+        self._records = bus.bucket("keys", Key)
+
+    async def create(self, request: KeyRequest, call: Any) -> KeyCreated:
+        now = int(time.time())
+        expires = now + request.expires_s if request.expires_s else 0
+        key = Key(secrets.token_hex(6), request.name, "", request.models, request.methods, request.tenant, now, expires,
+                  public_key=request.public_key, admin=request.admin)  # fmt: skip
+        return await self._keep(key, 0, "created", call)
+
+    async def list(self, request: Empty, call: Any) -> KeyList:
+        return KeyList(tuple(key for key, _ in (await self._records.all()).values()))
+
+    async def rotate(self, request: RotateKey, call: Any) -> KeyCreated:
+        """A new secret, and a new nkey where the request has one. The old ones are accepted for `overlap_s` more."""
+        key, revision = await self._get(request.id)
+        if key.revoked or 0 < key.expires < time.time():
+            raise ClientFault("conflict", f"key {key.id} ({key.name}) was revoked or has expired", "create another")
+        until, old = int(time.time()) + min(max(request.overlap_s, 0), LONGEST_OVERLAP_S), key.public_key
+        new = msgspec.structs.replace(key, previous_hash=key.hash if request.overlap_s else "", previous_until=until,
+                                      public_key=request.public_key or old)  # fmt: skip
+        if old and old != new.public_key:
+            await self._router.revoke(old, key.expires, until)
+        return await self._keep(new, revision, "rotated", call, bool(request.public_key))
+
+    async def revoke(self, request: KeyName, call: Any) -> Key:
+        key, revision = await self._get(request.id)
+        if key.public_key:
+            await self._router.revoke(key.public_key, key.expires)
+        key = msgspec.structs.replace(key, revoked=True, previous_hash="")
+        await self._records.put(request.id, key, revision)
+        await self._tell(key, "revoked", call)
+        return key
+
+    async def _get(self, identifier: str) -> tuple[Key, int]:
+        key, revision = await self._records.get(identifier)
+        if key is None:
+            raise ClientFault("not_found", f"there is no key {identifier!r}", "see `kernelm key list`")
+        return key, revision
+
+    async def _keep(self, key: Key, revision: int, change: Any, call: Any, issue: bool = True) -> KeyCreated:
+        """Give the key a secret of 256 random bits, and a JWT for its nkey."""
+        secret, jwt = secrets.token_urlsafe(32), ""
+        key = msgspec.structs.replace(key, hash=hashlib.sha256(secret.encode()).hexdigest())
+        if key.public_key and issue:
+            grant = Grant("client", f"key-{key.id}", models=key.models, methods=key.methods)
+            lifetime = max(key.expires - int(time.time()), 1) if key.expires else 0
+            jwt, _ = self._authority.issue(grant, key.public_key, lifetime)
+        await self._records.put(key.id, key, revision)
+        await self._tell(key, change, call)
+        return KeyCreated(key, f"km_{key.id}_{secret}", jwt)
+
+    async def _tell(self, key: Key, change: Any, call: Any) -> None:
+        await self._bus.publish(KeyChanged(id=key.id, name=key.name, change=change, by=call.caller))
+        await self._note(call, f"{change.removesuffix('d')}_key", key.id)

@@ -1,0 +1,80 @@
+"""`artifacts/1`: content-addressed file trees."""
+
+from typing import Any, ClassVar
+
+from msgspec import Struct
+
+from kernelm_sdk.contract import Contract, unary
+from kernelm_sdk.events import Event
+
+
+class ArtifactName(Struct, frozen=True):
+    digest: str
+
+class ArtifactFile(Struct, frozen=True):
+    path: str  # relative, with "/"
+    bytes: int
+    sha256: str  # hex
+
+class Artifact(Struct, frozen=True):
+    """The description of a stored tree; its digest is the SHA-256 of its sorted list of files."""
+
+    digest: str
+    kind: str  # "source", "dataset", "checkpoint", "model", ...
+    files: tuple[ArtifactFile, ...]
+    bytes: int
+    created: float = 0.0  # Unix seconds; not part of the digest
+    lineage: dict[str, str] = {}  # "job": ..., "dataset": digest; not part of the digest
+    metadata: dict[str, Any] = {}
+
+class OpenArtifact(Struct, frozen=True):
+    artifact: Artifact
+    path: str  # a read-only folder on the caller's machine; every byte was verified
+
+class PutArtifact(Struct, frozen=True):
+    path: str  # a folder on the service's machine, complete and closed
+    kind: str
+    lineage: dict[str, str] = {}
+    metadata: dict[str, Any] = {}
+
+class ArtifactQuery(Struct, frozen=True):
+    kind: str = ""
+    limit: int = 100
+
+class ArtifactList(Struct, frozen=True):
+    artifacts: tuple[Artifact, ...]
+
+class GrantArtifact(Struct, frozen=True):
+    digest: str
+    ttl_s: int = 600
+
+class ReadGrant(Struct, frozen=True):
+    """How another machine reads one artifact over HTTP: `Authorization: Bearer <token>`, GET `url` for the description,
+    `url`/<path> for a file, with ranges."""
+
+    url: str
+    token: str
+    expires: int  # Unix seconds
+
+class ArtifactStored(Event, frozen=True):
+    """A tree is in the store, synced to disk."""
+
+    TYPE: ClassVar[str] = "artifact.stored"
+    digest: str
+    kind: str
+    bytes: int
+
+class Artifacts(Contract, name="artifacts", major=1):
+    """The content-addressed store: verified on read, written atomically, pickles refused."""
+
+    events = (ArtifactStored,)
+    @unary
+    async def put(self, request: PutArtifact, call: Any) -> Artifact: ...
+    @unary
+    async def open(self, request: ArtifactName, call: Any) -> OpenArtifact: ...
+    @unary
+    async def describe(self, request: ArtifactName, call: Any) -> Artifact: ...
+    @unary
+    async def find(self, request: ArtifactQuery, call: Any) -> ArtifactList: ...
+    @unary
+    async def grant(self, request: GrantArtifact, call: Any) -> ReadGrant: ...

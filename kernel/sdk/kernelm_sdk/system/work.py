@@ -1,0 +1,43 @@
+"""`work/1`: how an instance reports on a job that it was given. Of the jobs themselves the kernel knows no more."""
+
+from typing import Any
+
+from msgspec import Raw, Struct
+
+from kernelm_sdk.contract import Contract, unary
+from kernelm_sdk.errors import FaultBody
+from kernelm_sdk.system.common import Empty
+
+
+class Dispatch(Struct, frozen=True):
+    """The body of the call that hands a job to an instance."""
+
+    job: str
+    epoch: int
+    attempt: int
+    request: Raw
+    checkpoint: str = ""  # digest of the last one, to resume from
+    run: str = ""
+    name: str = ""
+
+class Progress(Struct, frozen=True):
+    fraction: float = 0.0  # 0 to 1 within the job
+    phase: str = ""
+    message: str = ""
+    metrics: dict[str, float] = {}
+    deadline_s: float = 600.0  # the phase declares it: without progress for so long, the job is taken away
+
+class Report(Struct, frozen=True):
+    """A worker's word on its job. Refused with `stale_epoch` when the job has another owner by now."""
+
+    job: str
+    epoch: int
+    progress: Progress | None = None
+    checkpoint: str = ""  # digest of a new one
+    result: dict[str, Any] | None = None
+    fault: FaultBody | None = None
+
+class Work(Contract, name="work", major=1):
+    """Where the runner reports on a job; the job table implements it. Of the jobs themselves the kernel knows no more."""
+    @unary
+    async def report(self, request: Report, call: Any) -> Empty: ...
