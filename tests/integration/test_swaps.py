@@ -146,7 +146,14 @@ async def phase(system: System, swap: Swap, *wanted: str) -> None:
 
 async def served(system: System) -> None:
     await system.node(PLUGINS)
-    await until(lambda: system.kernel and "teller/1" in system.kernel.router.table, 10, "the route")
+    await system.admin.call(Teller.tell, Ask(0), patience_s=20.0)
+    await until(lambda: _ready(system), 10, "the pool")
+
+
+async def _ready(system: System) -> bool:
+    """Every instance has the answer to its `ready`: from here on the kernel may die."""
+    assert system.kernel
+    return system.kernel.router.health == "in force" and all(i.state == "ready" for i in (await system.state()).instances)
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ class InlineNode:
         key = request.source or request.plugin
         if key not in self.plugins:
             raise ClientFault("unknown_plugin", f"this node has no plugin {key!r}")
+        if request.instance in self._tasks:  # asked twice
+            return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
         self.started.append(request.instance)
         self._tasks[request.instance] = asyncio.create_task(self._run(request, *self.plugins[key]))
         return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
