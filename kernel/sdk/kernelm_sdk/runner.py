@@ -6,7 +6,9 @@ in the background and reported on through `work/1`, every report with the job's 
 
 import asyncio
 import contextlib
+import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,9 +23,20 @@ import uvloop
 
 from kernelm_sdk.bus import Bus, Credentials, Served, encode, handlers_of
 from kernelm_sdk.contract import CONTRACTS, Method
-from kernelm_sdk.enrollment import join, public_key
+from kernelm_sdk.enrollment import join, new_seed, renew
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault
-from kernelm_sdk.plugin import Context, Job, JobCancelled, Plugin, find_manifests, implemented, load_plugin
+from kernelm_sdk.plugin import (
+    Context,
+    Job,
+    JobCancelled,
+    Manifest,
+    Plugin,
+    find_manifests,
+    implemented,
+    load_plugin,
+    read_manifest,
+)
+from kernelm_sdk.relay import reachable
 from kernelm_sdk.system import (
     CancelJob,
     ContractVersion,
@@ -34,7 +47,6 @@ from kernelm_sdk.system import (
     Kernel,
     Probe,
     Ready,
-    RenewRequest,
     Report,
     Work,
 )
@@ -42,6 +54,7 @@ from kernelm_sdk.system import (
 log = logging.getLogger("kernelm.runner")
 ORPHAN_S = 60.0  # without a broker for so long, an instance ends itself
 REPORT_EVERY_S = 0.5
+REMEMBERED = 1000  # jobs that are over, with their epochs
 
 
 class Member:
@@ -52,6 +65,7 @@ class Member:
         self.max_jobs, self.begun = max_jobs, time.time()
         self.own_process, self.orphaned = True, False
         self.jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self.over: dict[str, int] = {}  # job -> last epoch of it that ended here
         self.stopping = asyncio.Event()
         self.implementation: Any = None
         self.served: Served | None = None
@@ -69,8 +83,8 @@ class Member:
             models = tuple(self.implementation.models()) if hasattr(self.implementation, "models") else ()
             handlers = self._handlers(welcome.contracts) | handlers_of(self, "plugin/1")
             self.served = await self.bus.serve(handlers, pool=welcome.pool, instance=self.name, models=models)
-            await self.bus.call(Kernel.ready, Ready(self.name, models), timeout_s=5.0, patience_s=60.0)
             self.bus.reconnected.append(self._reconnected)
+            await self._until_stopping(self.bus.call(Kernel.ready, Ready(self.name, models), timeout_s=5.0, patience_s=60.0))
             log.info("%s is ready in pool %s", self.name, welcome.pool)
             await self.stopping.wait()
             await self.served.fence(30.0)
@@ -80,6 +94,17 @@ class Member:
             await self.implementation.on_stop()
         finally:
             lease.cancel()
+
+    async def _until_stopping(self, work: Awaitable[Any]) -> None:
+        """Wait for `work`, and no longer than until the member is to stop: a kernel that is away must not keep it."""
+        working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self.stopping.wait())
+        try:
+            await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            working.cancel()
+            stopping.cancel()
 
     def _handlers(self, contracts: tuple[str, ...]) -> dict[str, tuple[Method, Callable[..., Any]]]:
         if not isinstance(self.implementation, Plugin):
@@ -91,18 +116,16 @@ class Member:
         self._connected_at = time.monotonic()
 
     async def _renew_lease(self, ttl_s: int) -> None:
-        """Renew the lease every third of it, and the JWT at two thirds of its life; give up when orphaned."""
-        renew_at = time.time() + (self.bus.credentials.expires - time.time()) * 2 / 3
+        """Renew the lease every third of it, and JWT and key at two thirds of their life; give up when orphaned."""
+        seed, due = new_seed(), _renewal(self.bus.credentials)
         while True:
             try:
                 body = encode({"instance": self.name, "renewed": time.time()})
                 await self.bus.append(f"$KV.leases.{self.name}", body, {"Nats-TTL": str(ttl_s)})
                 self._connected_at = time.monotonic()
-                if self.bus.credentials.expires and time.time() > renew_at:
-                    seed = self.bus.credentials.seed
-                    new = await self.bus.call(Kernel.renew, RenewRequest(public_key(seed)), timeout_s=5.0)
-                    await self.bus.renewed(Credentials(new.user, new.jwt, seed, new.expires))
-                    renew_at = time.time() + (new.expires - time.time()) * 2 / 3
+                if time.time() > due:
+                    await renew(self.bus, seed)  # the same seed until it is done: an answer may be lost
+                    seed, due = new_seed(), _renewal(self.bus.credentials)
             except Fault as fault:
                 log.warning("lease: %s", fault.message)
             if self.bus.closed or time.monotonic() - self._connected_at > ORPHAN_S:
@@ -112,7 +135,7 @@ class Member:
                     self.stopping.set()
                     return
                 os._exit(3)  # a worker thread may be busy for long; nothing of it may count any more
-            await asyncio.sleep(ttl_s / 3)
+            await asyncio.sleep(min(ttl_s / 3, max(due - time.time(), 0.2)))
 
     # ---- jobs ----
 
@@ -121,7 +144,7 @@ class Member:
             if call.caller != "jobs":
                 raise ClientFault("permission_denied", f"{method.name} is a job: submit it with jobs/1.submit")
             old = self.jobs.get(dispatch.job)
-            if old and old[0].epoch >= dispatch.epoch:
+            if (old and old[0].epoch >= dispatch.epoch) or self.over.get(dispatch.job, 0) >= dispatch.epoch:
                 return Empty()  # handed over twice
             if old:
                 await self._cancel(old[0], old[1], f"epoch {dispatch.epoch} has it now")
@@ -165,6 +188,9 @@ class Member:
                 await self._report(job, Report(job.id, job.epoch, None, "", result, fault))
         if self.jobs.get(job.id, (None,))[0] is job:
             del self.jobs[job.id]
+            self.over[job.id] = job.epoch  # its dispatch may come once more, late: that must not begin it again
+            if len(self.over) > REMEMBERED:
+                del self.over[next(iter(self.over))]
 
     async def _report_progress(self, job: Job) -> None:
         while True:
@@ -194,7 +220,7 @@ class Member:
         served = self.served
         return Probe(self.name, time.time() - self.begun, tuple(f"{j.id}/{j.epoch}" for j, _ in self.jobs.values()),
                      len(served.tasks) if served else 0, served.answered if served else 0, served.failed if served else 0,
-                     round(psutil.Process().memory_info().rss / 2**20, 1))  # fmt: skip
+                     round(psutil.Process().memory_info().rss / 2**20, 1), tuple(served.latency) if served else ())  # fmt: skip
 
     async def cancel(self, request: CancelJob, call: Any) -> Empty:
         job, task = self.jobs.get(request.job, (None, None))
@@ -205,7 +231,10 @@ class Member:
     async def drain(self, request: DrainRequest, call: Any) -> Probe:
         if self.served is not None:
             self.served.tasks.discard(asyncio.current_task())
+            until = time.monotonic() + request.deadline_s
             await self.served.fence(request.deadline_s, keep_instance=True)
+            if work := [task for _, task in self.jobs.values()]:  # those that don't end go on elsewhere, from a checkpoint
+                await asyncio.wait(work, timeout=max(until - time.monotonic(), 0.0))
         return await self.probe(Empty(), call)
 
     async def stop(self, request: Empty, call: Any) -> Empty:
@@ -213,27 +242,53 @@ class Member:
         return Empty()
 
 
+def _renewal(credentials: Credentials) -> float:
+    """When to renew: at two thirds of what is left of their life."""
+    return time.time() + (credentials.expires - time.time()) * 2 / 3 if credentials.expires else math.inf
+
+
 async def _connect(environment: Mapping[str, str]) -> Bus:
     token = Path(environment["KERNELM_TOKEN_FILE"])
-    credentials = await join(environment["KERNELM_URL"], token.read_text())
-    token.unlink(missing_ok=True)
-    return await Bus.connect(environment["KERNELM_URL"], credentials)
+    url, _ = await reachable(environment["KERNELM_URL"])  # in a container by a relay that lives as long as the event loop
+    credentials = await join(url, token.read_text())
+    if os.access(token.parent, os.W_OK):  # a container's is mounted read-only, and the node deletes it
+        token.unlink(missing_ok=True)
+    return await Bus.connect(url, credentials)
+
+
+def _manifest(plugin: str, path: str) -> Manifest:
+    """The one in the file `path`, for a plugin that came as an artifact; else that of the installed plugin."""
+    if path:
+        return read_manifest(Path(path))
+    manifests, broken = find_manifests()
+    if plugin not in manifests:
+        raise PluginFault("not_installed", f"plugin {plugin!r} is not installed: {broken.get(plugin, 'no such entry point')}")
+    return manifests[plugin]
+
+
+def _import(manifest: Manifest) -> None:
+    """Import the entry's module; PluginFault "invalid_entry" when it is not there, unlike one that it needs itself."""
+    module = manifest.entry.partition(":")[0]
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        text = f"{manifest.name}: its entry is {manifest.entry!r}, and there is no module {error.name!r} among its files"
+        raise PluginFault("invalid_entry", text, "correct `entry` in kernelm-plugin.toml, or add what is missing") from None
 
 
 async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event | None = None) -> int:
     """Run the plugin KERNELM_PLUGIN as the instance KERNELM_INSTANCE; its exit code. In a process of its own or as a
     task of the node's (`inproc`), where `stopping` takes the place of SIGTERM."""
     name, plugin = environment["KERNELM_INSTANCE"], environment["KERNELM_PLUGIN"]
-    manifests, broken = find_manifests()
-    if plugin not in manifests:
-        raise PluginFault("not_installed", f"plugin {plugin!r} is not installed: {broken.get(plugin, 'no such entry point')}")
-    manifest = manifests[plugin]
+    manifest = _manifest(plugin, environment.get("KERNELM_MANIFEST", ""))
     scratch = Path(environment["KERNELM_SCRATCH"])
     scratch.mkdir(parents=True, exist_ok=True)
     bus = await _connect(environment)
     try:
         context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch)
-        __import__(manifest.entry.partition(":")[0])  # declares its contracts
+        _import(manifest)  # declares its contracts
         member = Member(bus, name, plugin, manifest.version, manifest.contracts, manifest.max_jobs)
         if stopping is not None:
             member.stopping, member.own_process = stopping, False
@@ -273,7 +328,8 @@ def _stop_on_signals(stopping: asyncio.Event, wanted: bool) -> None:
 
 
 def _main(main: Callable[[], Any]) -> int:
-    logging.basicConfig(level=os.environ.get("KERNELM_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=os.environ.get("KERNELM_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+                        force=True)  # in a forked instance the plugin's import came first  # fmt: skip
     try:
         return int(uvloop.run(main()))
     except Fault as fault:
@@ -281,7 +337,12 @@ def _main(main: Callable[[], Any]) -> int:
         return 1
 
 
-__all__ = ["Member", "run_instance", "run_service"]
+def main() -> int:
+    """The whole main program of an instance, in a process started for it or forked (forkserver.py); its exit code."""
+    return _main(lambda: run_instance(os.environ))
+
+
+__all__ = ["Member", "main", "run_instance", "run_service"]
 
 if __name__ == "__main__":
-    sys.exit(_main(lambda: run_instance(os.environ)))
+    sys.exit(main())

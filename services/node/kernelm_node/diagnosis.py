@@ -57,11 +57,11 @@ def how(exit: Exit) -> str:
 def _advice(lines: list[str]) -> str:
     """What the log itself says of the cause: the last line that a rule knows, else the last line of an exception."""
     for k in range(len(lines) - 1, -1, -1):
+        if lines[k].strip().startswith("remedy: ") and k > 0:  # a kernelm fault brings its own
+            return f"{lines[k - 1].strip()} -> {lines[k].strip().removeprefix('remedy: ')}"
         for pattern, advise in RULES:
             if found := pattern.search(lines[k]):
                 return advise(found)
-        if lines[k].strip().startswith("remedy: ") and k > 0:  # a kernelm fault brings its own
-            return f"{lines[k - 1].strip()} -> {lines[k].strip().removeprefix('remedy: ')}"
     exceptions = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Fault|Interrupt)\b", line)]
     return exceptions[-1] if exceptions else ""
 
@@ -102,6 +102,12 @@ SIGNALS = {"SIGSEGV": "a fault in native code", "SIGABRT": "an assertion in nati
            "SIGILL": "a binary that was built for another processor"}  # fmt: skip
 RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = tuple((re.compile(p), f) for p, f in (
     (r"ModuleNotFoundError: No module named '([\w.]+)'", _missing_module),
+    (r"(?:BlockingIOError|RuntimeError|OSError): .*(?:Resource temporarily unavailable|can't start new thread)",
+     lambda _: "too many processes or threads: raise limits.pids in its manifest, or let it start fewer"),
+    (r"kernelm-join: .*cgroup\.procs", lambda _: "its control groups are not to be written: see that the node may write to "
+                                                 "/sys/fs/cgroup"),
+    (r"(.*) \(invalid_entry\)$", lambda m: f"{m[1]}: correct `entry` in kernelm-plugin.toml, it is 'module:Class'"),
+    (r"ImportError: .*(circular import)", lambda m: f"{m[1]}: two of the plugin's modules import each other"),
     (r"CUDA out of memory|torch\.\w*OutOfMemoryError", lambda _: "out of GPU memory: a smaller batch, or a model that fits"),
     (r"MemoryError|[Cc]annot allocate memory|can't allocate memory|std::bad_alloc", lambda _: MEMORY),
     (r"[Aa]ddress already in use(?:.*?[:,] ?(\d{2,5})\b)?",

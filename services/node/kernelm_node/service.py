@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,12 @@ import psutil
 from kernelm_node.diagnosis import diagnose, last_lines
 from kernelm_node.handles import Handles
 from kernelm_node.resources import MB, Machine, read_settings
-from kernelm_node.runtimes import RUNTIMES, find_runtime
-from kernelm_node.runtimes.runtime import HANDLE_VERSION, UNKNOWN_CODE, Exit, Handle, Launch, Task
+from kernelm_node.runtimes import Runtimes
+from kernelm_node.runtimes.runtime import HANDLE_VERSION, UNKNOWN_CODE, Exit, Handle, Launch, Runtime, Task
+from kernelm_node.sources import Sources
 from kernelm_sdk.contract import token
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, invalid
-from kernelm_sdk.plugin import find_manifests
+from kernelm_sdk.plugin import Manifest, find_manifests
 from kernelm_sdk.system import Diagnosis, Empty, ExitReport, InstanceName, Kernel, NodeReport, Running, StartInstance
 
 log = logging.getLogger("kernelm.node")
@@ -61,7 +62,9 @@ class NodeService:
         self._handles = Handles(home / "run" / "instances")
         self._entries: dict[str, Entry] = {}  # in the order of their start
         self._watchers: set[asyncio.Task[None]] = set()
-        self._starting = asyncio.Lock()  # one at a time, so that a repeated request finds what the first one started
+        self._starting: dict[str, tuple[asyncio.Lock, int]] = {}  # by instance, with how many hold or want it
+        self._runtimes = Runtimes(home)
+        self._sources = Sources(bus, self.name)
         for folder in ("logs", "scratch", "run/tokens"):
             (home / folder).mkdir(parents=True, exist_ok=True)
         (home / "run" / "tokens").chmod(0o700)
@@ -69,22 +72,39 @@ class NodeService:
     # ---- node/1 ----
 
     async def on_start(self) -> None:
-        """Adopt what an earlier node process started."""
+        """Find out what the runtimes can do here, and adopt what an earlier node process started."""
+        await self._runtimes.probe()
         await self._adopt()
 
     async def on_stop(self) -> None:
         """Stop all, the latest first."""
         await self._stop_all()
+        await self._runtimes.close()
 
     async def start(self, request: StartInstance, call: Any) -> Running:
         """Start an instance. Repeating the request is harmless."""
-        async with self._starting:
+        async with self._alone(request.instance):
             if entry := self._entries.get(request.instance):
                 if (entry.handle.pool, entry.handle.plugin) != (request.pool, request.plugin):
                     raise ClientFault("already_exists", f"{request.instance} runs: {entry.running()}", "choose another name")
                 return entry.running()
-            await self._check(request)
-            return (await self._launch(request)).running()
+            for what in ("instance", "plugin", "pool"):
+                _name(getattr(request, what), what)
+            runtime = await self._runtimes.choose(request)
+            return (await self._launch(request, runtime, await self._sources.of(request))).running()
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, instance: str) -> AsyncIterator[None]:
+        """One start of an instance at a time, so that a repeated request finds what the first one started."""
+        lock, waiting = self._starting.get(instance, (asyncio.Lock(), 0))
+        self._starting[instance] = lock, waiting + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, waiting = self._starting.pop(instance)
+            if waiting > 1:
+                self._starting[instance] = lock, waiting - 1
 
     async def stop(self, request: InstanceName, call: Any) -> Empty:
         """Ask it to stop, kill it with all it started after `grace_s`; returns when it has ended. One that does not run
@@ -101,7 +121,7 @@ class NodeService:
         running = tuple(e.running() for e in self._entries.values())
         free = self._machine.free(e.handle.needs for e in self._entries.values())
         return NodeReport(self.name, self._machine.capacity(), free, running, {m.name: m.version for m in manifests.values()},
-                          {name: runtime.can for name, runtime in RUNTIMES.items()})  # fmt: skip
+                          self._runtimes.usable())  # fmt: skip
 
     async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
         """How an instance is, or how it ended, with the last lines of its log."""
@@ -118,22 +138,9 @@ class NodeService:
 
     # ---- starting ----
 
-    async def _check(self, request: StartInstance) -> None:
-        for what in ("instance", "plugin", "pool"):
-            _name(getattr(request, what), what)
-        find_runtime(request.runtime)
-        manifests, broken = await asyncio.to_thread(find_manifests)
-        if request.plugin not in manifests:
-            raise ClientFault("unknown_plugin", f"node {self.name} has no plugin {request.plugin!r}",
-                              broken.get(request.plugin) or f"installed are {', '.join(sorted(manifests)) or 'none'}")  # fmt: skip
-        offered = manifests[request.plugin].runtimes
-        if request.runtime not in offered:
-            raise ClientFault("unsupported_runtime", f"plugin {request.plugin!r} does not run as {request.runtime!r}",
-                              f"its manifest says runtimes = {', '.join(offered)}")  # fmt: skip
-
-    async def _launch(self, request: StartInstance) -> Entry:
+    async def _launch(self, request: StartInstance, runtime: Runtime, plugin: tuple[Manifest, Path, Path | None]) -> Entry:
         """The handle is written before and after: a node that is killed in between leaves a trace to find it by."""
-        name, path = request.instance, self._log_of(request.instance)
+        name, path, (manifest, file, source) = request.instance, self._log_of(request.instance), plugin
         scratch, secret = self._home / "scratch" / name, self._home / "run" / "tokens" / name
         handle = Handle(HANDLE_VERSION, request.runtime, name, request.plugin, request.pool, request.needs, time.time(),
                         str(path), _rotate(path))  # fmt: skip
@@ -142,9 +149,11 @@ class NodeService:
             self._handles.write(handle)
             scratch.mkdir(mode=0o700, exist_ok=True)
             _write_secret(secret, request.token)
-            environment = self._environment(request, scratch, secret)
-            launch = Launch(name, request.plugin, request.pool, environment, scratch, path, request.needs)
-            task = await find_runtime(request.runtime).start(launch)
+            environment = self._environment(request, scratch, secret, file, source)
+            artifacts = await self._sources.open_all(request.artifacts)
+            launch = Launch(name, request.plugin, request.pool, environment, scratch, path, manifest, request.needs, source,
+                            request.limits, request.isolated, request.network, request.image, artifacts)  # fmt: skip
+            task = await runtime.start(launch)
             handle = msgspec.structs.replace(handle, state=task.state)
             self._handles.write(handle)
         except Exception as error:
@@ -152,6 +161,7 @@ class NodeService:
                 await task.kill()
                 await task.wait()
             self._clean(name)
+            await runtime.clear(handle)
             self._handles.remove(name)
             if not isinstance(error, OSError):
                 raise
@@ -159,21 +169,24 @@ class NodeService:
         log.info("started %s (%s) as %s, pid %d", name, request.pool, request.runtime, task.pid)
         return self._watch(handle, task)
 
-    def _environment(self, request: StartInstance, scratch: Path, secret: Path) -> dict[str, str]:
-        """The node's own environment without what is the node's alone, and who the instance is."""
+    def _environment(self, request: StartInstance, scratch: Path, secret: Path, file: Path, source: Path | None) -> dict[str, str]:
+        """The node's own environment without what is the node's alone, who the instance is, and where its code lies."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("KERNELM_NODE_", "KERNELM_TOKEN"))}
+        if source is not None:
+            inherited["PYTHONPATH"] = os.pathsep.join([str(source), *filter(None, [inherited.get("PYTHONPATH")])])
+            inherited["PYTHONPYCACHEPREFIX"] = str(self._home / "run" / "pycache")  # the artifact stays as it is
         return inherited | {
             "KERNELM_URL": os.environ["KERNELM_URL"], "KERNELM_HOME": str(self._home), "KERNELM_INSTANCE": request.instance,
             "KERNELM_PLUGIN": request.plugin, "KERNELM_POOL": request.pool, "KERNELM_SCRATCH": str(scratch),
-            "KERNELM_TOKEN_FILE": str(secret), "PYTHONUNBUFFERED": "1",
+            "KERNELM_MANIFEST": str(file), "KERNELM_TOKEN_FILE": str(secret), "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
 
     async def _adopt(self) -> None:
         """Go on with what an earlier node process left: running instances, and ends that the kernel was not told."""
         for handle in await asyncio.to_thread(self._handles.all):
             task = None
-            if handle.exit is None and handle.runtime in RUNTIMES:
-                task = await find_runtime(handle.runtime).adopt(handle)
+            if handle.exit is None and self._runtimes.has(handle.runtime):
+                task = await self._runtimes.find(handle.runtime).adopt(handle)
             if task is None:
                 lost = handle.exit or Exit(UNKNOWN_CODE, "it ended while no node was watching")
                 self._spawn(self._conclude(handle, lost, asked=False))
@@ -188,6 +201,12 @@ class NodeService:
 
     def _watch(self, handle: Handle, task: Task) -> Entry:
         entry = self._entries[handle.instance] = Entry(handle, task)
+
+        def changed() -> None:
+            entry.handle = msgspec.structs.replace(entry.handle, state=task.state)
+            self._handles.write(entry.handle)
+
+        task.changed = changed
         self._spawn(self._follow(entry))
         return entry
 
@@ -211,6 +230,8 @@ class NodeService:
     async def _conclude(self, handle: Handle, exit: Exit, asked: bool) -> None:
         """Clean up and tell the kernel, which may be starting again itself; the handle stays until it knows."""
         self._clean(handle.instance)
+        if self._runtimes.has(handle.runtime):
+            await self._runtimes.find(handle.runtime).clear(handle)
         lines = await asyncio.to_thread(last_lines, Path(handle.log), handle.log_offset)
         diagnosis = "stopped as requested" if asked else diagnose(exit, lines)
         log.log(logging.INFO if asked or exit.code == 0 else logging.WARNING, "%s: %s", handle.instance, diagnosis)

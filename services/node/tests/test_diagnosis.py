@@ -26,6 +26,10 @@ def crash(program: str) -> list[str]:
     ("raise PermissionError(13, 'Permission denied', '/etc/nowhere')", "/etc is drwx"),
     ("from kernelm_sdk.errors import ClientFault; import sys; print(ClientFault('bad', 'x is wrong', 'mend x'), file=sys.stderr)\n"
      "sys.exit(1)", "x is wrong (bad) -> mend x"),
+    ("import os, resource; os.setuid(65534); resource.setrlimit(resource.RLIMIT_NPROC, (1, 1)); os.fork()", "limits.pids"),
+    ("import threading; raise RuntimeError(\"can't start new thread\")", "limits.pids"),
+    ("from kernelm_sdk.errors import PluginFault; import sys\n"
+     "print(PluginFault('invalid_entry', \"p: entry 'm:C' is no subclass\"), file=sys.stderr); sys.exit(1)", "correct `entry`"),
     ("raise ValueError('an odd one')", "ValueError: an odd one"),
 ])  # fmt: skip
 def test_a_crash_becomes_advice(program: str, advice: str) -> None:

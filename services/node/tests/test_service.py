@@ -12,6 +12,7 @@ from kernelm_node.handles import Handles
 from kernelm_node.runtimes.pidfd import started_at
 from kernelm_node.runtimes.process import ProcessRuntime
 from kernelm_node.service import LOG_BYTES, NodeService
+from kernelm_node.sources import Sources
 from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.plugin import Manifest
 from kernelm_sdk.system import Empty, ExitReport, InstanceName, Resources, StartInstance
@@ -54,7 +55,14 @@ def kernel() -> Kernel:
 @pytest.fixture
 async def node(tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
     manifests = {n: Manifest(n, "1.2", "", (), "m:C") for n in ("p", "q")}
-    monkeypatch.setattr("kernelm_node.service.find_manifests", lambda: (manifests, {"torn": "torn/kernelm-plugin.toml: no name"}))
+    for name in manifests:
+        (tmp_path / f"{name}.toml").write_text(f'name = "{name}"\nversion = "1.2"\nsummary = ""\ncontracts = []\nentry = "m:C"')
+    found = manifests, {"torn": "torn/kernelm-plugin.toml: no name"}
+    for module in ("service", "sources"):
+        monkeypatch.setattr(f"kernelm_node.{module}.find_manifests", lambda: found)
+    installed = Sources._installed
+    monkeypatch.setattr(Sources, "_installed",
+                        lambda self, name: tmp_path / f"{name}.toml" if name in manifests else installed(self, name))  # fmt: skip
     monkeypatch.setenv("KERNELM_URL", "nats://127.0.0.1:1")
     program(monkeypatch, SLEEP)
     node = NodeService(kernel, tmp_path)
@@ -84,7 +92,8 @@ async def test_start_report_diagnose_stop(node: NodeService, kernel: Kernel, tmp
     assert await node.start(request(), None) == running, "a repeated request starts nothing"
     report = await node.report(Empty(), None)
     assert (report.node, report.running, report.plugins) == ("n1", (running,), {"p": "1.2", "q": "1.2"})
-    assert report.runtimes == {"process": ("kill",), "inproc": ()}
+    assert "kill" in report.runtimes["process"]
+    assert report.runtimes["inproc"] == ()
     diagnosis = await node.diagnose(InstanceName("p-1"), None)
     assert f"pid {running.pid}" in diagnosis.advice
     assert diagnosis.log == "up"
@@ -121,7 +130,7 @@ async def test_a_crash_is_reported_with_advice(node: NodeService, kernel: Kernel
 
 @pytest.mark.parametrize(("wrong", "code"), [
     ({"plugin": "torn"}, "unknown_plugin"), ({"plugin": "none"}, "unknown_plugin"),
-    ({"runtime": "container"}, "unsupported_runtime"),
+    ({"runtime": "vm"}, "unsupported_runtime"),
     ({"runtime": "inproc"}, "unsupported_runtime"), ({"instance": "../x"}, "invalid"),
 ])  # fmt: skip
 async def test_what_can_not_be_started_is_refused_and_leaves_nothing(node: NodeService, tmp_path: Path, wrong: dict[str, str],
@@ -132,6 +141,26 @@ async def test_what_can_not_be_started_is_refused_and_leaves_nothing(node: NodeS
     assert caught.value.remedy or code == "invalid"
     for folder in ("run/tokens", "run/instances", "scratch", "logs"):
         assert list((tmp_path / folder).iterdir()) == []
+
+
+async def test_a_slow_start_keeps_no_other_waiting_and_is_begun_once(node: NodeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go, start = [], asyncio.Event(), ProcessRuntime.start
+
+    async def slow(self: ProcessRuntime, launch):
+        begun.append(launch.instance)
+        if launch.instance == "p-1":
+            await go.wait()
+        return await start(self, launch)
+
+    monkeypatch.setattr(ProcessRuntime, "start", slow)
+    first, repeated = (asyncio.create_task(node.start(request(), None)) for _ in range(2))
+    await until(lambda: begun == ["p-1"])
+    assert (await node.start(request("p-2"), None)).instance == "p-2"
+    assert not first.done()
+    go.set()
+    assert await first == await repeated
+    assert begun == ["p-1", "p-2"]
+    assert node._starting == {}
 
 
 async def test_a_start_that_fails_leaves_nothing(node: NodeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

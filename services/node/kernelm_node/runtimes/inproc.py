@@ -61,9 +61,11 @@ class InprocRuntime(Runtime):
     """One task an instance."""
 
     name: ClassVar[str] = "inproc"
-    can: ClassVar[tuple[str, ...]] = ()
 
     async def start(self, launch: Launch) -> Task:
+        if launch.source is not None:
+            raise ClientFault("permission_denied", f"plugin {launch.plugin!r} comes as an artifact: it may not run in the node's "
+                              "process", "use the runtime 'process', 'venv' or 'container'")  # fmt: skip
         require_first_party(launch.plugin)
         return InprocTask(launch)
 

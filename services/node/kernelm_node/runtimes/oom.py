@@ -39,8 +39,9 @@ def oom_kills(group: Path | None) -> int:
 class OomWitness:
     """Knows the counter from before; `verdict()` is asked after a SIGKILL that nobody here sent."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid, self._group = pid, memory_group(pid)
+    def __init__(self, pid: int, group: Path | None = None) -> None:
+        """`group`: the memory control group of the process, where it is known without asking (it may not be in it yet)."""
+        self._pid, self._group = pid, group or memory_group(pid)
         self._before = oom_kills(self._group)
 
     def verdict(self) -> str:

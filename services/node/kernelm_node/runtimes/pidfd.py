@@ -17,11 +17,12 @@ EXIT_CODE_OFFSET = 60  # of __s32 exit_code in struct pidfd_info
 REAPED_S = 5.0  # the status is kept when init has reaped the process: at once, as a rule
 
 
-def started_at(pid: int) -> str:
+def started_at(pid: int, ended_too: bool = False) -> str:
     """When the process `pid` was created, as a text that no other process of that number ever has: boot id and ticks
-    since boot. Wall-clock times won't do: they move when the clock is set. "" when there is no such process."""
+    since boot. Wall-clock times won't do: they move when the clock is set. "" when there is no such process, or it has
+    ended and was not reaped, unless `ended_too`."""
     fields = _stat(pid)
-    return _identity(fields) if fields and fields[0] not in ("Z", "X") else ""  # ended, and not reaped
+    return _identity(fields) if fields and (ended_too or fields[0] not in ("Z", "X")) else ""
 
 
 def _stat(pid: int) -> list[str]:
@@ -36,13 +37,14 @@ def _identity(fields: list[str]) -> str:
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{fields[19]}"
 
 
-def open_pidfd(pid: int, started: str) -> int:
-    """A pidfd of `pid` if it is still the process that was created at `started`; else -1."""
+def open_pidfd(pid: int, started: str, ended_too: bool = False) -> int:
+    """A pidfd of `pid` if it is still the process that was created at `started`; else -1. With `ended_too` also of one
+    that has ended and was not reaped yet."""
     try:
         descriptor = os.pidfd_open(pid)
     except (OSError, OverflowError):  # no such process, or no such number
         return -1
-    if started_at(pid) == started:
+    if started_at(pid, ended_too) == started:
         return descriptor
     os.close(descriptor)
     return -1
