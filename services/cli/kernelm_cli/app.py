@@ -8,8 +8,9 @@ from importlib.metadata import version
 from cyclopts import App
 from rich.console import Console
 
-from kernelm_cli import doctor, faults, jobs, keys, models, state, up
+from kernelm_cli import doctor, faults, jobs, keys, models, plugins, state, up
 from kernelm_cli.call import call
+from kernelm_cli.dev import dev
 from kernelm_cli.run import run
 
 app = App(
@@ -19,7 +20,8 @@ app = App(
 )  # fmt: skip
 for command in (up.up, up.down, run, state.ps, state.events, call, doctor.doctor):
     app.command(command)
-for group in (jobs.app, state.plugins, models.app, keys.app):
+plugins.app.command(dev)  # not there, since it builds upon the others
+for group in (jobs.app, plugins.app, models.app, keys.app):
     app.command(group)
 
 

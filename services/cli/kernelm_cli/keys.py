@@ -1,4 +1,4 @@
-"""`kernelm key create | list | revoke`: API keys for HTTP and gRPC, and credentials for NATS clients."""
+"""`kernelm key create | list | rotate | revoke`: API keys for HTTP and gRPC, and credentials for NATS clients."""
 
 import asyncio
 import re
@@ -17,19 +17,19 @@ from kernelm_cli.session import Common, Output, connection, print_json, stdout
 from kernelm_sdk.bus import Credentials
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
-from kernelm_sdk.system import Empty, Kernel, Key, KeyCreated, KeyList, KeyName, KeyRequest
+from kernelm_sdk.system import Empty, Kernel, Key, KeyCreated, KeyList, KeyName, KeyRequest, RotateKey
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 app = App(name="key", help="Keys of clients: what each may call, and until when.", version_flags=[])
 
 
-def seconds(text: str) -> int:
+def seconds(text: str, option: str = "--expires") -> int:
     """A duration such as "90s", "12h", "30d", in seconds; 0 for "" and "never"."""
     if text in ("", "never"):
         return 0
     match = re.fullmatch(r"(\d+)([smhdw])", text)
     if match is None or int(match[1]) == 0:
-        raise ClientFault("invalid", f"--expires {text!r} is no duration", "e.g. 90s, 15m, 12h, 30d, 4w, or never")
+        raise ClientFault("invalid", f"{option} {text!r} is no duration", "e.g. 90s, 15m, 12h, 30d, 4w, or never")
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -37,7 +37,8 @@ def seconds(text: str) -> int:
 def create(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Output(),
            models: Annotated[tuple[str, ...], Parameter(negative="")] = ("*",),
            methods: Annotated[tuple[str, ...], Parameter(negative="")] = ("*",), expires: str = "never",
-           tenant: str = "default", nats: Path | None = None) -> int:  # fmt: skip
+           tenant: str = "default", nats: Path | None = None,
+           admin: Annotated[bool, Parameter(negative="")] = False) -> int:  # fmt: skip
     """Create a key. Its secret is shown this once.
 
     Parameters
@@ -52,11 +53,12 @@ def create(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = 
         Who pays.
     nats
         Also write credentials for a NATS client with the same rights to this file (0600).
+    admin
+        It may also manage plugins, pools and routes, over gRPC and HTTP: for programs that deploy.
     """
     seed = new_seed() if nats else ""
-    request = KeyRequest(name, models, methods, tenant, seconds(expires), public_key(seed) if seed else "")
-    if nats is not None and nats.exists():
-        raise ClientFault("already_exists", f"{nats} is there already", "choose another file, or delete it")
+    request = KeyRequest(name, models, methods, tenant, seconds(expires), public_key(seed) if seed else "", admin)
+    _must_be_new(nats)
 
     async def work() -> KeyCreated:
         async with connection(output.folder) as bus:
@@ -64,18 +66,54 @@ def create(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = 
             return made
 
     created = asyncio.run(work())
+    return _show(created, seed, nats, output)
+
+
+def _must_be_new(nats: Path | None) -> None:
+    if nats is not None and nats.exists():
+        raise ClientFault("already_exists", f"{nats} is there already", "choose another file, or delete it")
+
+
+def _show(created: KeyCreated, seed: str, nats: Path | None, output: Output) -> int:
+    key = created.key
     if nats is not None:
-        credentials = Credentials(read(created.jwt)["name"], created.jwt, seed, created.key.expires)
+        credentials = Credentials(read(created.jwt)["name"], created.jwt, seed, key.expires)
         write_secret(nats.absolute(), msgspec.json.encode(credentials).decode())
     if output.json:
         print_json(created)
         return 0
-    rights = f"models {', '.join(models)}, methods {', '.join(methods)}"
-    text = Text.assemble((created.secret, "bold"), f"\n\nid {created.key.id}, {rights}, expires {_when(created.key)}",
-                         f"\nNATS credentials: {nats}" if nats else "",
+    manages = ", manages plugins and routes" if key.admin else ""
+    rights = f"models {', '.join(key.models)}, methods {', '.join(key.methods)}{manages}"
+    overlap = f"\nThe old secret is accepted until {_date(key.previous_until)}." if key.previous_hash else ""
+    text = Text.assemble((created.secret, "bold"), f"\n\nid {key.id}, {rights}, expires {_when(key)}",
+                         f"\nNATS credentials: {nats}" if nats else "", overlap,
                          ("\nIt is not shown again: keep it, e.g. as KERNELM_KEY.", "yellow"))  # fmt: skip
-    stdout().print(Panel(text, title=f"[bold green]key {name}[/]", title_align="left", border_style="green", expand=False))
+    stdout().print(Panel(text, title=f"[bold green]key {key.name}[/]", title_align="left", border_style="green", expand=False))
     return 0
+
+
+@app.command
+def rotate(id: Annotated[str, Parameter(name="ID")], /, *, output: Output = Output(), overlap: str = "1h",
+           nats: Path | None = None) -> int:  # fmt: skip
+    """Give a key a new secret. It is shown this once.
+
+    Parameters
+    ----------
+    overlap
+        For how long the old secret is still accepted, an hour at most; never: it is refused at once.
+    nats
+        Also write new credentials for its NATS client to this file (0600); the old ones end with the overlap.
+    """
+    seed = new_seed() if nats else ""
+    request = RotateKey(id, seconds(overlap, "--overlap"), public_key(seed) if seed else "")
+    _must_be_new(nats)
+
+    async def work() -> KeyCreated:
+        async with connection(output.folder) as bus:
+            made: KeyCreated = await bus.call(Kernel.rotate_key, request)
+            return made
+
+    return _show(asyncio.run(work()), seed, nats, output)
 
 
 @app.default
@@ -90,13 +128,14 @@ def list_(*, output: Output = Output()) -> int:
 
     keys = asyncio.run(work()).keys
     if output.json:
-        print_json([{f: getattr(k, f) for f in k.__struct_fields__ if f != "hash"} for k in keys])
+        print_json([{f: getattr(k, f) for f in k.__struct_fields__ if f not in ("hash", "previous_hash")} for k in keys])
         return 0
     table = Table()
     for column in ("id", "name", "tenant", "models", "methods", "created", "expires", "state"):
         table.add_column(column)
     for key in sorted(keys, key=lambda k: k.created):
-        table.add_row(key.id, key.name, key.tenant, ", ".join(key.models), ", ".join(key.methods),
+        name = f"{key.name} (admin)" if key.admin else key.name
+        table.add_row(key.id, name, key.tenant, ", ".join(key.models), ", ".join(key.methods),
                       _date(key.created), _when(key), _state(key))  # fmt: skip
     stdout().print(table if keys else "no keys; `kernelm key create NAME` makes one")
     return 0

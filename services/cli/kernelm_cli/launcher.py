@@ -1,7 +1,8 @@
 """The launcher of one machine: parent of broker, kernel and services. It knows nothing about what they do.
 
-Starts in order and waits for each by its condition, keeps them running, stops in the reverse order. Killed itself, it
-takes its children with it (PR_SET_PDEATHSIG), and the next launcher on the home ends what may be left.
+The broker first; then kernel and services at once, since whoever joins waits for the kernel, and importing is most of a
+start. Each is awaited by its condition, kept running, and stopped in the reverse order. Killed itself, the launcher takes
+its children with it (PR_SET_PDEATHSIG), and the next launcher on the home ends what may be left.
 """
 
 import asyncio
@@ -26,13 +27,16 @@ from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import Empty, Instance, Kernel, SystemState
 
 SERVICES = {"artifacts": "artifacts", "node": "node-local", "jobs": "jobs", "gateway": "gateway"}  # name -> instance
+LONG_IMPORTS = ("gateway",)  # started first: the others are done before it anyway
 HOST = "127.0.0.1"
 BROKER_S, KERNEL_S, SERVICE_S, PLUGIN_S = 20.0, 60.0, 120.0, 180.0  # patience with each, on a loaded machine of 2 cores
+STRANGER_S = 20.0  # more, for a stranger's plugin that is neither ready nor given up when all else is ready
 GRACE_S = 10.0
-PRIVATE = frozenset(f"KERNELM_{n}" for n in ("KEY", "READY_FD", "INSTANCE", "PLUGIN", "POOL", "SCRATCH", "TOKEN_FILE", "SAFE"))
+LOOK_S = 0.02  # between two looks at a condition
+PRIVATE = frozenset(f"KERNELM_{n}" for n in ("KEY", "INSTANCE", "PLUGIN", "POOL", "SCRATCH", "TOKEN_FILE", "SAFE"))
 log = logging.getLogger("kernelm.launcher")
 
-Tell = Callable[[str, str, str], None]  # name, "starting" or "ready", detail
+Tell = Callable[[str, str, str], None]  # name, "starting", "ready", "broken", "left out" or "stopping", detail
 
 
 class Options(NamedTuple):
@@ -41,7 +45,7 @@ class Options(NamedTuple):
     http_port: int = 0
     grpc_port: int = 0
     broker_port: int = 0
-    safe: bool = False  # the system without its plugins
+    safe: bool = False  # without the plugins of third parties
 
 
 class Launcher:
@@ -67,11 +71,13 @@ class Launcher:
         me = psutil.Process()
         self.up_file = UpFile(me.pid, me.create_time(), broker.url, f"http://{HOST}:{http}", f"{HOST}:{grpc}", time.time())
         await self._start_broker(broker)
-        await self._start_kernel()
+        self._add("kernel", [sys.executable, "-m", "kernelm"], self._environment)
         for name, instance in SERVICES.items():
             ports = {"KERNELM_HTTP_PORT": str(http), "KERNELM_GRPC_PORT": str(grpc)} if name == "gateway" else {}
-            command = [sys.executable, "-m", f"kernelm_{name}"]
-            await self._start(name, command, partial(self._joining, authority, name, instance, ports))
+            self._add(name, [sys.executable, "-m", f"kernelm_{name}"], partial(self._joining, authority, name, instance, ports))
+        for name in ("kernel", *sorted(SERVICES, key=LONG_IMPORTS.__contains__, reverse=True)):
+            await self._start(name)
+        await self._await_kernel()
         await self._await_services()
         await self._await_plugins()
         for child in self.children.values():
@@ -112,14 +118,16 @@ class Launcher:
         http, grpc, broker = (check_port(port, option, HOST) for option, port in wanted.items())
         return http, grpc, broker
 
-    async def _start(self, name: str, command: list[str], environment: Callable[[], dict[str, str]]) -> Child:
+    def _add(self, name: str, command: list[str], environment: Callable[[], dict[str, str]]) -> None:
+        self.children[name] = Child(self.home, name, command, environment, self._write_up)
+
+    async def _start(self, name: str) -> None:
         self.tell(name, "starting", "")
-        child = self.children[name] = Child(self.home, name, command, environment, self._write_up)
-        await child.start()
-        return child
+        await self.children[name].start()
 
     async def _start_broker(self, broker: Broker) -> None:
-        await self._start("broker", broker.command(), self._environment)
+        self._add("broker", broker.command(), self._environment)
+        await self._start("broker")
 
         async def answering() -> str:
             try:
@@ -132,9 +140,7 @@ class Launcher:
         await self._until("broker", answering, BROKER_S)
         self.tell("broker", "ready", broker.url)
 
-    async def _start_kernel(self) -> None:
-        await self._start("kernel", [sys.executable, "-m", "kernelm"], self._environment)
-
+    async def _await_kernel(self) -> None:
         async def answering() -> str:
             try:
                 if self._bus is None:
@@ -163,9 +169,10 @@ class Launcher:
 
     async def _await_plugins(self) -> None:
         """Wait for every pool that serves contracts. A broken plugin of kernelm's own ends the start; a stranger's is
-        reported and left in its quarantine, where it harms nobody."""
+        reported and left to the supervisor, whose quarantine keeps it from harming anybody."""
         manifests, _ = find_manifests()
         told: set[str] = set()
+        strangers_until = 0.0
 
         def tell_once(name: str, state: str, detail: str) -> None:
             if name not in told:
@@ -173,19 +180,29 @@ class Launcher:
                 self.tell(name, state, detail)
 
         async def all_ready() -> str:
-            state, missing = await self._state(), []
+            nonlocal strangers_until
+            state = await self._state()
+            ours, strangers = [], []
             ready = {i.pool for i in self._of_this_life(state) if i.state == "ready"}
-            for pool in [p for p in state.pools if p.contracts]:
+            for pool in [p for p in state.pools if p.contracts and not p.parked]:
                 why = state.health.get(f"pool {pool.pool}", "")
-                if pool.pool in ready:
+                own = not pool.source and pool.plugin in manifests and manifests[pool.plugin].entry.startswith("kernelm_")
+                if self.options.safe and not own:
+                    tell_once(pool.pool, "left out", "a plugin of a third party, by --safe")
+                elif pool.pool in ready:
                     tell_once(pool.pool, "ready", "plugin")
-                elif not why:
-                    missing.append(pool.pool)
-                elif pool.plugin in manifests and manifests[pool.plugin].entry.startswith("kernelm_"):
+                elif why and own:
                     raise self._plugin_fault(pool.plugin, why, state)
-                else:
+                elif why or pool.pool in told:
                     tell_once(pool.pool, "broken", why)
-            return f"not ready: {', '.join(missing)}" if missing else ""
+                else:
+                    (ours if own else strangers).append(pool.pool)
+            strangers_until = strangers_until or (0.0 if ours else time.monotonic() + STRANGER_S)
+            if strangers and not ours and time.monotonic() > strangers_until:
+                for name in strangers:
+                    tell_once(name, "broken", f"not ready after {STRANGER_S:g} s, see its log; --safe leaves it out")
+                return ""
+            return f"not ready: {', '.join(ours + strangers)}" if ours + strangers else ""
 
         await self._until("node", all_ready, PLUGIN_S)
 
@@ -224,7 +241,7 @@ class Launcher:
                 who = self.children[name if isinstance(name, str) else name()]
                 raise KernelFault("not_ready", f"{who.name} is not ready after {patience_s:g} s: {missing}",
                                   f"read {who.log_file}, and `kernelm doctor`", child=who.name, log=who.last_lines())  # fmt: skip
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(LOOK_S)
 
     def _plugin_fault(self, plugin: str, why: str, state: SystemState) -> KernelFault:
         last = max((i for i in state.instances if i.plugin == plugin), key=lambda i: i.since, default=None)

@@ -1,19 +1,23 @@
-"""`kernelm model list | show`: the deployments, and the models behind them."""
+"""`kernelm model list | show | rollback`: the deployments, and the models behind them."""
 
 import asyncio
+import contextlib
 from typing import Annotated
 
+import msgspec
 from cyclopts import App, Parameter
 from rich.table import Table
 from rich.text import Text
 
 from kernelm_cli.results import short
 from kernelm_cli.session import Output, connection, megabytes, print_json, stdout
+from kernelm_contracts.jobs import Deployed, Deployment, JobName, JobRecord, Jobs, RollbackDeployment
 from kernelm_contracts.trainer import ModelCard, Trainer
-from kernelm_sdk.errors import ClientFault, Fault
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault, from_body
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Empty, Kernel, Route, SystemState
 
-app = App(name="model", help="The deployments: models that answer under a name.", version_flags=[])
+app = App(name=("model", "models"), help="The deployments: models that answer under a name.", version_flags=[])
 
 
 def _deployments(state: SystemState) -> list[Route]:
@@ -55,7 +59,7 @@ def list_(*, output: Output = Output()) -> int:
 def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Output()) -> int:
     """Show a deployment: where calls go, and the model's card with its scores."""
 
-    async def work() -> tuple[SystemState, Route, Artifact, ModelCard | str]:
+    async def work() -> tuple[SystemState, Route, Artifact, ModelCard | str, Deployment | None]:
         async with connection(output.folder) as bus:
             state: SystemState = await bus.call(Kernel.state, Empty(), patience_s=5.0)
             route = next((r for r in _deployments(state) if r.name == name), None)
@@ -68,11 +72,13 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
                 card = await bus.call(Trainer.describe, ArtifactName(route.artifact))
             except Fault as fault:  # no trainer is running, or the model is of another kind: the rest is worth showing
                 card = fault.message
-            return state, route, artifact, card
+            deployment, _ = await bus.bucket("deployments", Deployment).get(f"model.{name}")
+            return state, route, artifact, card, deployment
 
-    state, route, artifact, card = asyncio.run(work())
+    state, route, artifact, card, deployment = asyncio.run(work())
+    history = deployment.history if deployment else ()
     if output.json:
-        print_json({"route": route, "artifact": artifact, "card": card})
+        print_json({"route": route, "artifact": artifact, "card": card, "history": history})
         return 0
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
@@ -81,7 +87,9 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
              "goes to": ", ".join(f"{d.pool} {d.weight} %" for d in route.to),
              "ready": f"{_ready(state, route)} instances", "artifact": artifact.digest,
              "size": f"{megabytes(artifact.files):.1f} MB in {len(artifact.files)} files",
-             "from": ", ".join(f"{k} {v}" for k, v in artifact.lineage.items())} | _card_facts(card)  # fmt: skip
+             "from": ", ".join(f"{k} {v}" for k, v in artifact.lineage.items()),
+             "before": ", ".join(f"{short(p.artifact)} (generation {p.generation})" for p in history)}  # fmt: skip
+    facts |= _card_facts(card)
     for key, value in facts.items():
         if value:
             rows.add_row(key, Text(value))
@@ -90,6 +98,50 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
     if isinstance(card, ModelCard) and card.scores:
         console.print(_scores(card))
     return 0
+
+
+@app.command
+def rollback(name: Annotated[str, Parameter(name="NAME")], /, *, canary: int = 0, watch: float = 0.0, why: str = "",
+             output: Output = Output()) -> int:  # fmt: skip
+    """Bring back the model that a deployment served before, as a new generation.
+
+    Parameters
+    ----------
+    canary
+        Percent of the calls that it gets while it is watched; 0 for all.
+    watch
+        Seconds for which it is watched before the present one is stopped.
+    why
+        The reason, for the record.
+    """
+
+    async def work() -> JobRecord:
+        async with connection(output.folder) as bus:
+            job: JobRecord = await bus.call(Jobs.rollback, RollbackDeployment(name, canary, watch, why), timeout_s=20.0)
+            return await _served(bus, job, output.json)
+
+    job = asyncio.run(work())
+    if job.state in ("dead", "cancelled"):
+        raise from_body(job.fault) if job.fault else KernelFault("not_deployed", f"job {job.id} is {job.state}: {job.why}")
+    if output.json:
+        print_json(job)
+        return 0
+    deployed = msgspec.convert(job.result, Deployed)
+    stdout().print(f"{deployed.model} answers with {short(deployed.artifact)} again, as generation {deployed.generation}")
+    return 0
+
+
+async def _served(bus: Bus, job: JobRecord, quiet: bool) -> JobRecord:
+    """Show how a replica gets on until it serves or is over; Ctrl-C leaves it running."""
+    console = stdout()
+    shown = console.status(f"job {job.id}") if console.is_terminal and not quiet else contextlib.nullcontext()
+    with shown as status:
+        while not job.result and job.state not in ("dead", "cancelled", "done"):
+            if status is not None:
+                status.update(f"job {job.id} is {job.state}: {job.progress.phase} {job.progress.message or job.why}")
+            await asyncio.sleep(0.2)
+            job = await bus.call(Jobs.get, JobName(job.id), timeout_s=5.0, patience_s=60.0)
+    return job
 
 
 def _card_facts(card: ModelCard | str) -> dict[str, str]:

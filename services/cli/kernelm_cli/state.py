@@ -1,4 +1,4 @@
-"""`kernelm ps`, `kernelm events`, `kernelm plugin list`: what is there, and what happened."""
+"""`kernelm ps`, `kernelm events`: what is there, and what happened."""
 
 import asyncio
 import contextlib
@@ -9,24 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kernelm.lifecycle import LIVE
-from kernelm_cli.home import read_up
 from kernelm_cli.session import Output, connection, print_json, running, stdout
 from kernelm_cli.view import duration
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Received, received
-from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import Empty, Kernel, SystemState
 
 STATES = {"ready": "green", "joined": "cyan", "starting": "cyan", "draining": "yellow", "exited": "dim", "lost": "red"}
 WELL = frozenset({"intact", "in force"})  # what kernel/1.state.health says of what is well; all else says what is not
-plugins = App(name="plugin", help="The plugins that are installed.", version_flags=[])
 
 
 async def system_state(home: Path) -> SystemState:
@@ -71,32 +68,6 @@ def ps(*, output: Output = Output(), all: Annotated[bool, Parameter(name=["--all
 def _print_health(state: SystemState, console: Console) -> None:
     for name, value in state.health.items():
         console.print(Text.assemble((f"{name}: ", "bold"), (value, "green" if value in WELL else "red")))
-
-
-@plugins.default
-@plugins.command(name="list")
-def list_(*, output: Output = Output()) -> int:
-    """List the installed plugins from their manifests; none of their code is run."""
-    manifests, broken = find_manifests()
-    up = read_up(output.folder)
-    state = asyncio.run(system_state(output.folder)) if up and up.alive() else None
-    ready: dict[str, int] = {}
-    for instance in state.instances if state else ():
-        if instance.state == "ready":
-            ready[instance.plugin] = ready.get(instance.plugin, 0) + 1
-    if output.json:
-        print_json({"plugins": list(manifests.values()), "broken": broken, "ready": ready})
-        return 0
-    table = Table()
-    for name in ("plugin", "version", "contracts", "runtimes", "ready", "summary"):
-        table.add_column(name, justify="right" if name == "ready" else "left", overflow="fold")
-    for m in manifests.values():
-        count = str(ready.get(m.name, 0)) if state else ""
-        table.add_row(m.name, m.version, ", ".join(m.contracts), ", ".join(m.runtimes), count, m.summary)
-    for name, why in broken.items():
-        table.add_row(Text(name, "red"), "", "", "", "", Text(f"broken: {why}", "red"))
-    stdout().print(table if manifests or broken else "no plugins are installed: pip install kernelm-data ...")
-    return 1 if broken else 0
 
 
 def events(*, output: Output = Output(), follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="")] = False,
@@ -159,7 +130,9 @@ def _print_event(event: Received, console: Console, json: bool) -> None:
         sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
         sys.stdout.flush()
         return
-    facts = "  ".join(f"{k}={_short(v)}" for k, v in body.items() if v not in ("", None, {}, []))
+    if isinstance(swap := body.get("swap"), dict):  # what it is about; who wants all of it has --json
+        body = {k: v for k, v in (swap | body).items() if k not in ("swap", "bounds", "begun", "since")}
+    facts = "  ".join(f"{k}={_short(v)}" for k, v in body.items() if v not in ("", None, 0, {}, []))
     damaged = "" if event.intact else "  DAMAGED: its digest does not match"
     console.print(Text.assemble((event.time[11:19], "dim"), (f"  {event.type:<18}", "cyan"), (f"{event.source:<20}", "dim"),
                                 facts, (damaged, "bold red")), soft_wrap=not console.is_terminal)  # fmt: skip

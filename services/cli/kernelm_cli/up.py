@@ -5,12 +5,11 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import msgspec
 import psutil
@@ -21,13 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelm_cli import faults
+from kernelm_cli.child import describe_exit
 from kernelm_cli.home import UpFile, end, find_process, last_lines, leftovers, open_log, read_up
 from kernelm_cli.launcher import Launcher, Options, Tell
 from kernelm_cli.session import Common, stdout
 from kernelm_sdk.errors import FaultBody, KernelFault, from_body
 
-READY_FD = "KERNELM_READY_FD"  # where a detached launcher says how far it is
 DOWN_S = 90.0
+MARKS = {"ready": ("✓", "green"), "broken": ("✗", "red"), "left out": ("-", "yellow")}
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -58,9 +58,9 @@ class Steps:
         """Take a step's news."""
         if state == "starting":
             self._waiting.append(name)
-        elif state in ("ready", "broken"):
+        elif state in MARKS:
             self._waiting = [n for n in self._waiting if n != name]
-            mark, style = ("✓", "green") if state == "ready" else ("✗", "red")
+            mark, style = MARKS[state]
             took = f"{time.monotonic() - self._begun:5.1f} s"
             self._console.print(Text.assemble((f"{mark} ", style), f"{name:<12}", (took, "dim"), "  ", (detail, "dim")))
         self._status.update(f"waiting for {', '.join(self._waiting) or 'plugins'}" if state != "stopping" else f"stopping {name}")
@@ -86,10 +86,12 @@ def up(*, common: Common = Common(), detach: Annotated[bool, Parameter(negative=
     options = Options(http_port, grpc_port, broker_port, safe)
     if detach:
         return _detach(common.folder, options)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if descriptor := os.environ.get(READY_FD):
-        return asyncio.run(_in_background(common.folder, options, int(descriptor)))
+    _log()
     return asyncio.run(_in_foreground(common.folder, options))
+
+
+def _log() -> None:
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 
 async def _in_foreground(home: Path, options: Options) -> int:
@@ -155,31 +157,51 @@ async def _launch(home: Path, options: Options, tell: Tell, ready: Callable[[UpF
 
 
 def _detach(home: Path, options: Options) -> int:
-    """Start the launcher as a daemon, and relay what it says until it is ready or gives up."""
+    """Start the launcher as a daemon, and relay what it says until it is ready or gives up. It is a fork, since all that it
+    needs is imported here already, and importing it again would be a good part of a start."""
     console = stdout()
-    steps = Steps(console)
-    reader, writer = os.pipe()
     output = open_log(home, "launcher")
     begun = os.fstat(output).st_size
-    ports = {"--http-port": options.http_port, "--grpc-port": options.grpc_port, "--broker-port": options.broker_port}
-    command = [sys.executable, "-m", "kernelm_cli", "up", "--home", str(home), *(["--safe"] if options.safe else []),
-               *(f"{option}={port}" for option, port in ports.items())]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[writer], cwd="/",
-                               env=os.environ | {READY_FD: str(writer)}, start_new_session=True)  # fmt: skip
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    launcher = os.fork()
+    if launcher == 0:
+        os.close(reader)
+        _daemon(home, options, writer, output)
     os.close(writer)
     os.close(output)
+    steps = Steps(console)
     with open(reader, "rb") as pipe, steps.shown():  # noqa: PTH123 - a pipe
         for line in pipe:
             message = msgspec.json.decode(line, type=Message)
             if message.fault is not None:
-                process.wait()  # it cleans up: what comes next finds the home free
+                os.waitpid(launcher, 0)  # it cleans up: what comes next finds the home free
                 raise from_body(message.fault)
             if message.up is not None:
                 console.print(summary(home, message.up, f"kernelm down{_home_option(home)}"))
                 return 0
             steps.tell(message.name, message.state, message.detail)
-    raise KernelFault("launcher_failed", f"the launcher ended with exit code {process.wait()} before the system was ready",
+    code = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
+    raise KernelFault("launcher_failed", f"the launcher ended with {describe_exit(code)} before the system was ready",
                       f"read {home / 'logs' / 'launcher.log'}", log=last_lines(home, "launcher", begun))  # fmt: skip
+
+
+def _daemon(home: Path, options: Options, writer: int, output: int) -> NoReturn:
+    """The rest of a forked launcher's life: in a session of its own, with its log for a terminal."""
+    code = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        _log()
+        code = asyncio.run(_in_background(home, options, writer))
+    except BaseException:
+        logging.getLogger("kernelm.launcher").exception("the launcher failed")
+    finally:
+        os._exit(code)  # what the parent has still to do at its end is not ours
 
 
 def _home_option(home: Path) -> str:

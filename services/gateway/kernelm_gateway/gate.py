@@ -1,7 +1,12 @@
 """The one door behind both protocols: who asks, may they, where does it go, what does it cost.
 
-What an API key may call is decided here and nowhere else: the methods of models, and reading the jobs and runs of its own
-tenant. Everything else on the bus belongs to programs with a NATS identity of their own.
+What an API key may call is decided here and nowhere else: the methods of models, reading the jobs and runs of its own
+tenant, and, for a key that was created with `--admin`, managing plugins, pools and routes. Everything else on the bus
+belongs to programs with a NATS identity of their own: joining the system above all, and making and revoking keys, so that
+who has stolen an administrator's key can't outlive its revocation.
+
+The kernel sees the gateway as the caller, and learns for whom it calls from the header `Kernelm-On-Behalf`, which it
+believes of services only.
 """
 
 from collections.abc import AsyncIterator
@@ -15,9 +20,12 @@ from kernelm_gateway.settings import GatewaySettings
 from kernelm_gateway.usage import Meter
 from kernelm_sdk.contract import TOKEN, Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
-from kernelm_sdk.system import Empty, Kernel, Key, Route, SystemState
+from kernelm_sdk.system import Empty, Kernel, Key, KeyList, Route, SystemState
 
 READABLE = tuple(map(method_of, (Jobs.get, Jobs.find, Jobs.get_run, Jobs.follow_run)))
+MANAGEABLE = tuple(map(method_of, (Kernel.state, Kernel.load, Kernel.swap, Kernel.rollback, Kernel.unload, Kernel.scale,
+                                   Kernel.set_route, Kernel.start_pool, Kernel.stop_pool, Kernel.list_keys)))  # fmt: skip
+ON_BEHALF = "Kernelm-On-Behalf"
 
 
 class Gate:
@@ -44,7 +52,8 @@ class Gate:
         self.admit(key, method, model)
         tokens, failed = 0, True
         try:
-            reply = await self.bus.call(method, request, model=model, timeout_s=timeout_s or self.settings.call_timeout_s)
+            reply = await self.bus.call(method, request, model=model, timeout_s=timeout_s or self.settings.call_timeout_s,
+                                        headers={ON_BEHALF: f"key-{key.id}"} if method.contract is Kernel else None)  # fmt: skip
             tokens, failed = getattr(reply, "tokens", 0), False
         except Fault as fault:
             raise (await self._explain(key, model, fault) if model else fault) from None
@@ -70,6 +79,11 @@ class Gate:
                 raise ClientFault("invalid", "model: is missing", "name a deployment; GET /v1/models lists them", param="model")
             if not TOKEN.match(model):
                 raise unknown_model(model)
+        elif method in MANAGEABLE:
+            if not key.admin:
+                raise ClientFault("permission_denied", f"API key {key.id} ({key.name}) may not manage the system: "
+                                  f"{method.contract.id()}.{method.name} is for administrators",
+                                  "use a key that was made by `kernelm key create NAME --admin`")  # fmt: skip
         elif method not in READABLE:
             raise ClientFault("permission_denied", f"{method.contract.id()}.{method.name} is not open to API keys",
                               "use a NATS identity with that permission, or the `kernelm` command")  # fmt: skip
@@ -109,11 +123,13 @@ def unknown_model(model: str, names: list[str] | None = None) -> ClientFault:
 
 
 def own(key: Key, reply: Any) -> Any:
-    """The reply as far as it is the tenant's: jobs and runs of other tenants are as if they were not there."""
+    """The reply as far as it is the tenant's: jobs and runs of other tenants are as if they were not there. Keys without hashes."""
     if isinstance(reply, JobList):
         return JobList(tuple(job for job in reply.jobs if job.spec.tenant == key.tenant))
     if isinstance(reply, JobRecord) and reply.spec.tenant != key.tenant:
         raise ClientFault("not_found", f"there is no job {reply.id!r}", "GET /v1/jobs lists your tenant's jobs")
     if isinstance(reply, RunView) and reply.run.spec.tenant != key.tenant:
         raise ClientFault("not_found", f"there is no run {reply.run.id!r}", "`kernelm jobs` lists runs")
+    if isinstance(reply, KeyList):  # hashes are for whoever checks keys
+        return KeyList(tuple(msgspec.structs.replace(k, hash="", previous_hash="") for k in reply.keys))
     return reply

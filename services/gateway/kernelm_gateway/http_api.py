@@ -17,7 +17,7 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from kernelm_contracts.jobs import JobList, JobQuery, Jobs, RunName, RunView
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, EmbedReply, EmbedRequest, Server
-from kernelm_gateway import docs_page, faults, openapi
+from kernelm_gateway import docs_page, faults, management, openapi
 from kernelm_gateway.gate import Gate
 from kernelm_gateway.usage import Usage
 from kernelm_sdk.contract import method_of
@@ -187,7 +187,8 @@ async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRo
 
 def make_app(gate: Gate) -> Litestar:
     """The ASGI application in front of `gate`."""
-    v1 = Router("/v1", route_handlers=[classify, embeddings, models, deployments, jobs, get_run, usage], guards=[authenticate])
+    own = [classify, embeddings, models, deployments, jobs, get_run, usage]
+    v1 = Router("/v1", route_handlers=[*own, *management.handlers()], guards=[authenticate])
     app = Litestar([v1, healthz, docs, openapi_json], openapi_config=None, logging_config=None,
                    request_max_body_size=gate.settings.max_body_bytes, exception_handlers={Exception: refuse})  # fmt: skip
     app.state.gate, app.state.openapi = gate, openapi.describe(app)

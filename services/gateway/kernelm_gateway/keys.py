@@ -1,13 +1,14 @@
 """API keys: `Authorization: Bearer km_<id>_<secret>`, checked against the records in KV bucket `keys`.
 
 `Key.hash` is the SHA-256 (hex) of the part behind the second underscore. That part has 256 random bits, so no slow hash is
-needed; comparing takes the same time wherever the difference is. Records are cached for a second at most: a revocation
-bites within it.
+needed; comparing takes the same time wherever the difference is. After a rotation the secret before it is accepted until
+`Key.previous_until`. Records are cached for a second at most: a revocation bites within it.
 """
 
 import asyncio
 import hashlib
 import hmac
+import secrets
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -16,7 +17,7 @@ from kernelm_sdk.contract import TOKEN, Method
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import Key
 
-ABSENT = hashlib.sha256(b"no such key").hexdigest()  # compared with when there is no record, so that both take as long
+ABSENT = secrets.token_hex(32)  # compared with when there is no record, so that both take as long; nobody has what hashes to it
 MOST_CACHED = 10_000
 
 
@@ -42,8 +43,12 @@ class KeyRing:
             raise _unauthorized("no API key was given" if not authorization else "this is no API key of kernelm")
         key = await self._lookup(parts[1])
         given = hashlib.sha256(parts[2].encode()).hexdigest()
-        if not hmac.compare_digest(given, key.hash if key else ABSENT) or key is None:
+        current = hmac.compare_digest(given, key.hash if key else ABSENT)
+        before = hmac.compare_digest(given, (key.previous_hash if key else "") or ABSENT)  # both always, so that it takes as long
+        if key is None or not (current or before):
             raise _unauthorized("the API key is not known")
+        if not current and key.previous_until <= time.time():
+            raise _unauthorized(f"this secret of API key {key.id} ({key.name}) was replaced")
         if key.revoked:
             raise _unauthorized(f"API key {key.id} ({key.name}) was revoked")
         if key.expires and key.expires <= time.time():

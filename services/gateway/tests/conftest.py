@@ -49,6 +49,7 @@ class FakeBus:
         self.keys = FakeBucket({"k1": make_key()})
         self.answers: dict[str, Callable[[Any, str], Any]] = {}
         self.calls: list[tuple[str, str, Any, float]] = []  # method, model, request as it arrived, timeout in s
+        self.headers: dict[str, str] | None = None  # of the last call
 
     def bucket(self, name: str, kind: type) -> FakeBucket:
         assert (name, kind) == ("keys", Key)
@@ -64,7 +65,9 @@ class FakeBus:
             raise answer
         return method, answer
 
-    async def call(self, declared: Any, request: msgspec.Struct, *, model: str = "", timeout_s: float = 30.0) -> Any:
+    async def call(self, declared: Any, request: msgspec.Struct, *, model: str = "", timeout_s: float = 30.0,
+                   headers: dict[str, str] | None = None) -> Any:  # fmt: skip
+        self.headers = headers
         method, answer = self._answer(declared, request, model, timeout_s)
         return msgspec.json.decode(msgspec.json.encode(answer), type=method.reply)
 

@@ -1,6 +1,7 @@
 """Who gets in, and for how long."""
 
 import asyncio
+import hashlib
 import time
 from typing import Any
 
@@ -62,6 +63,24 @@ async def test_a_revocation_bites_within_a_second_and_not_every_call_asks(bus: A
     clock.now += 1.0
     with pytest.raises(ClientFault, match="revoked"):
         await ring.check(auth())
+
+
+async def test_after_a_rotation_the_old_secret_is_good_for_the_overlap(bus: Any, auth: Any, new_key: Any) -> None:
+    old = new_key("k2", previous_until=int(time.time()) + 60)
+    new = msgspec.structs.replace(old, hash=hashlib.sha256(b"new").hexdigest(), previous_hash=old.hash)
+    bus.keys.records["k2"] = new
+    ring = KeyRing(bus.keys, 0.0)
+    for header in (auth("k2", "new"), auth("k2")):
+        assert (await ring.check(header)).id == "k2"
+    bus.keys.records["k2"] = msgspec.structs.replace(new, previous_until=int(time.time()) - 1)
+    assert (await ring.check(auth("k2", "new"))).id == "k2"
+    with pytest.raises(ClientFault, match="was replaced"):
+        await ring.check(auth("k2"))
+    bus.keys.records["k2"] = msgspec.structs.replace(new, previous_hash="")
+    with pytest.raises(ClientFault, match="not known"):
+        await ring.check(auth("k2"))
+    with pytest.raises(ClientFault, match="not known"):  # no previous secret is no open door
+        await ring.check(auth("k2", "no such key"))
 
 
 async def test_concurrent_lookups_are_one_and_survive_an_impatient_client(bus: Any, auth: Any) -> None:
