@@ -24,15 +24,17 @@ from kernelm_sdk.contract import token as subject_token
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
 
-LIFETIME_S = 24 * 3600  # of a user's JWT; renewed at two thirds
+LIFETIME_S = int(os.environ.get("KERNELM_JWT_LIFETIME_S", 24 * 3600))  # of a user's JWT; renewed at two thirds
 ROLES = {"operator": nkeys.PREFIX_BYTE_OPERATOR, "account": nkeys.PREFIX_BYTE_ACCOUNT, "system": nkeys.PREFIX_BYTE_ACCOUNT}
-# What the system's own services keep in the broker: buckets they write, buckets they only read.
-SERVICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "jobs": (("jobs", "runs", "results", "deployments"), ("registry",)),
-    "artifacts": (("datasets", "models"), ()),
-    "gateway": ((), ("keys", "deployments", "jobs", "runs")),
-    "node": ((), ()),
+# Of the system's own services: the buckets they write, the buckets they only read, and what they call ("*" for everything
+# but what is denied below).
+SERVICES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "jobs": (("jobs", "runs", "results", "deployments"), ("registry",), ("*",)),
+    "artifacts": (("datasets", "models"), (), ()),
+    "gateway": ((), ("keys", "deployments", "jobs", "runs"), ("*",)),
+    "node": ((), (), ("kernel/1.exited", "kernel/1.state", "artifacts/1")),
 }
+DENIED = ("create-key", "rotate-key", "revoke-key")  # of kernel/1, to all services: only an administrator gives rights away
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -92,26 +94,28 @@ def permissions(grant: Grant) -> tuple[list[str], list[str]]:
         may_call(*(f"model.{model}.{method}" for model in grant.models for method in grant.methods))
         return publish, subscribe
     publish.append(f"evt.*.*.{me}")
-    if grant.role == "plugin":
-        may_call("kernel.v1.hello", "kernel.v1.ready", "kernel.v1.renew", "work.v1.report",
-                 "artifacts.v1.put", "artifacts.v1.open", "artifacts.v1.describe")  # fmt: skip
-        for call in grant.calls:
-            contract, _, method = call.partition(".")
-            may_call(f"{contract.replace('/', '.v')}.{method or '*'}")
-    else:  # admin and services
+    writes, reads, calls = SERVICES.get(me.partition("-")[0], ((), (), ())) if grant.role == "service" else ((), (), grant.calls)
+    if grant.role == "admin" or "*" in calls:
         may_call("*.*.*", "model.*.*")
         publish.append(f"inst.*.*.*.*.{me}")
+    else:
+        may_call("kernel.v1.hello", "kernel.v1.ready", "kernel.v1.renew")
+        for call in calls:
+            contract, _, method = call.partition(".")
+            may_call(f"{contract.replace('/', '.v')}.{method or '*'}")
+    if grant.role == "plugin":
+        may_call("work.v1.report", "artifacts.v1.put", "artifacts.v1.open", "artifacts.v1.describe")
+    else:
         subscribe.append("evt.>")
     if grant.role == "admin":
-        publish.extend(["$JS.API.DIRECT.GET.>", "$SRV.>"])
+        publish.append("$JS.API.DIRECT.GET.>")
         return publish, subscribe
     if grant.role == "service":
-        writes, reads = SERVICES.get(me.partition("-")[0], ((), ()))
         publish.extend(f"$KV.{bucket}.>" for bucket in writes)
         publish.extend(f"$JS.API.DIRECT.GET.KV_{bucket}{end}" for bucket in writes + reads for end in ("", ".>"))
         publish.extend(["$JS.API.DIRECT.GET.EVT", f"dlq.{me}.>"])
     publish.append(f"$KV.leases.{me}")
-    subscribe.extend([f"impl.{grant.pool or me}.>", f"inst.{me}.>", "$SRV.>"])
+    subscribe.extend([f"impl.{grant.pool or me}.>", f"inst.{me}.>"])
     return publish, subscribe
 
 
@@ -140,10 +144,10 @@ class Authority:
         return sign(claims, self._seeds["operator"])
 
     def user_jwt(self, name: str, key: str, publish: Iterable[str], subscribe: Iterable[str], lifetime_s: int = LIFETIME_S,
-                 account: str = "account", tags: Iterable[str] = ()) -> tuple[str, int]:  # fmt: skip
+                 account: str = "account", tags: Iterable[str] = (), deny: Iterable[str] = ()) -> tuple[str, int]:  # fmt: skip
         """(JWT, expiry in Unix seconds; 0 with `lifetime_s` 0 for never) for the user `name` who holds `key`."""
         nats = {"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "tags": list(tags),
-                "pub": {"allow": list(publish)}, "sub": {"allow": list(subscribe)}}  # fmt: skip
+                "pub": {"allow": list(publish), "deny": list(deny)}, "sub": {"allow": list(subscribe)}}  # fmt: skip
         claims: dict[str, Any] = {"name": name, "sub": key, "nats": nats}
         if lifetime_s:
             claims["exp"] = int(time.time()) + lifetime_s
@@ -159,7 +163,9 @@ class Authority:
         """A JWT for `grant`, with the allow lists compiled in."""
         publish, subscribe = permissions(grant)
         packed = base64.b32encode(msgspec.json.encode(grant)).decode()  # tags are lower-cased by some tools: base32 survives
-        return self.user_jwt(grant.name, key, publish, subscribe, lifetime_s, tags=[f"grant:{packed}"])
+        deny = [f"{to}.kernel.v1.{m}.{grant.name}" for m in DENIED for to in ("svc", "impl.*", "inst.*")]
+        return self.user_jwt(grant.name, key, publish, subscribe, lifetime_s, tags=[f"grant:{packed}"],
+                             deny=deny if grant.role == "service" else ())  # fmt: skip
 
     def token(self, name: str, grant: Grant | None = None, ttl_s: int = 600) -> str:
         """A one-time join token for the service `name`, or for what `grant` says. It can do one thing: enroll."""

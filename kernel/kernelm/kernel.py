@@ -4,6 +4,7 @@ It may die at any time: routes stay in force in the broker, calls go on, and a n
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -105,6 +106,8 @@ class KernelService:
                 log.warning("%s", fault.message)
                 if fault.code == "routes_not_in_force":
                     await self._push()
+                if self.bus.closed:  # shut out by the kernel that came after
+                    self.deposed.set()
 
     async def _push(self) -> None:
         try:
@@ -151,8 +154,10 @@ class KernelService:
     async def _by(self, call: Any) -> str:
         """Who asks: a service (the gateway) may speak for somebody else, and nobody else may."""
         behalf = str(call.headers.get("Kernelm-On-Behalf", ""))
-        trusted = behalf and (await self.members.of(call.caller)).grant.role == "service"
-        return behalf if trusted else str(call.caller)
+        with contextlib.suppress(ClientFault):  # who is not enrolled, the administrator, is no service
+            if behalf and (await self.members.of(call.caller)).grant.role == "service":
+                return behalf
+        return str(call.caller)
 
     async def _note(self, call: Any, what: str, on: str) -> None:
         await self.trail.append(time.time(), await self._by(call), what, on)
@@ -181,6 +186,8 @@ class KernelService:
 
     async def exited(self, request: api.ExitReport, call: Any) -> Empty:
         instance = self.registry.instances.get(request.instance)
+        if instance is not None and call.caller != f"node-{instance.node}":
+            raise ClientFault("permission_denied", f"{call.caller!r} does not run {request.instance!r}")
         if instance is not None and instance.state != "exited":
             instance = await self.registry.happens(request.instance, "exit", request.diagnosis or f"exit code {request.code}")
             self.supervisor.ended(instance, request.code)
@@ -193,8 +200,8 @@ class KernelService:
             strangers = [p.pool for p in self.supervisor.pools.values() if not self.catalog.first_party(p)]
             health |= {f"pool {pool}": "not started: safe mode" for pool in strangers}
         return api.SystemState(tuple(self.registry.instances.values()), tuple(self.supervisor.pools.values()),
-                           tuple(self.router.table.values()), self.router.epoch, self.catalog.all(),
-                               self.swapper.swaps, health)  # fmt: skip
+                           tuple(self.router.table.values()), self.router.epoch, health, self.catalog.all(),
+                               self.swapper.swaps)  # fmt: skip
 
     async def start_pool(self, request: PoolSpec, call: Any) -> PoolSpec:
         self.catalog.need(request.plugin)
@@ -228,7 +235,7 @@ class KernelService:
         return swap
 
     async def unload(self, request: api.UnloadRequest, call: Any) -> Empty:
-        spec = self.swapper.resolve(request.pool)
+        spec = self.swapper.resolve(request.pool, exactly=True)
         routes = [r.name for r in self.router.table.values() if any(d.pool == spec.pool for d in r.to)]
         if self.swapper.starting(spec.pool):
             raise ClientFault("conflict", f"pool {spec.pool} is being swapped", "roll that back, or wait", retriable=True)

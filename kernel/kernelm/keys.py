@@ -56,6 +56,11 @@ class Members:
             raise ClientFault("unauthorized", f"{name!r} is not enrolled", "enroll with a join token")
         return member
 
+    async def _unused(self, key: str, name: str) -> None:
+        for member, _ in (await self._records.all("member")).values():
+            if key in (member.key, member.previous) and member.grant.name != name:  # or giving it up would shut that one out
+                raise ClientFault("unauthorized", "this key is somebody else's", "make one of your own")
+
     async def enroll(self, request: EnrollRequest, call: Any) -> Enrolled:
         name, grant = self._authority.verify(request.token, "join")
         if name != call.caller:
@@ -65,6 +70,10 @@ class Members:
             await self._records.put(f"token.{name}", Member(grant, request.public_key, 0), revision, ttl_s=3600)
         elif used.key != request.public_key:  # the same key again: the first answer was lost
             raise ClientFault("unauthorized", "the join token was used already", "issue a new one")
+        await self._unused(request.public_key, grant.name)
+        before, _ = await self._records.get(f"member.{grant.name}")
+        if before and before.key != request.public_key:
+            await self.shut_out(grant.name)  # one name, one holder: the one before may be frozen, and thaw
         jwt, expires = self._authority.issue(grant, request.public_key, LIFETIME_S)
         await self._records.put(f"member.{grant.name}", Member(grant, request.public_key, expires), -1)
         return Enrolled(grant.name, jwt, expires)
@@ -74,6 +83,7 @@ class Members:
         member, revision = await self._records.get(f"member.{call.caller}")
         if member is None:
             raise ClientFault("unauthorized", f"{call.caller!r} is not enrolled", "enroll with a join token")
+        await self._unused(request.public_key, call.caller)
         jwt, expires = self._authority.issue(member.grant, request.public_key, LIFETIME_S)
         if request.public_key == member.key:
             member = msgspec.structs.replace(member, expires=expires)
@@ -82,7 +92,7 @@ class Members:
             member = Member(member.grant, request.public_key, expires, member.key, at, member.expires)
         await self._records.put(f"member.{call.caller}", member, revision)
         if member.previous_until < member.previous_expires:  # else it ends by itself before
-            await self._router.revoke(member.previous, member.previous_expires, member.previous_until)
+            await self._router.revoke(member.previous, member.previous_expires, member.previous_until, call.caller)
         return Enrolled(call.caller, jwt, expires)
 
     async def shut_out(self, name: str) -> None:
@@ -94,9 +104,10 @@ class Members:
                 break
             except ClientFault:  # it was renewed at this moment
                 member, revision = await self._records.get(f"member.{name}")
-        for key, expires in ((member.key, member.expires), (member.previous, member.previous_expires)) if member else ():
-            if expires > time.time():
-                await self._router.revoke(key, expires)
+        if member:
+            await self._router.hasten(name)
+            if member.expires > time.time():
+                await self._router.revoke(member.key, member.expires)
 
 
 class Keys:
@@ -125,12 +136,13 @@ class Keys:
         new = msgspec.structs.replace(key, previous_hash=key.hash if request.overlap_s else "", previous_until=until,
                                       public_key=request.public_key or old)  # fmt: skip
         if old and old != new.public_key:
-            await self._router.revoke(old, key.expires, until)
+            await self._router.revoke(old, key.expires, until, f"key-{key.id}")
         return await self._keep(new, revision, "rotated", call, bool(request.public_key))
 
     async def revoke(self, request: KeyName, call: Any) -> Key:
         key, revision = await self._get(request.id)
         if key.public_key:
+            await self._router.hasten(f"key-{key.id}")
             await self._router.revoke(key.public_key, key.expires)
         key = msgspec.structs.replace(key, revoked=True, previous_hash="")
         await self._records.put(request.id, key, revision)

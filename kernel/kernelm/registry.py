@@ -17,7 +17,7 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import ContractVersion, Hello, Instance, InstanceChanged
 
 LEASE_TTL_S = 5  # whole seconds: the broker cuts fractions
-START_S = 120.0  # from "start" to "hello"; imports can be slow on a cold disk
+START_S = 600.0  # from "start" to "ready": an environment is made, an image loaded; the node tells before if it fails
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -72,7 +72,9 @@ class Registry:
         for instance in list(self.instances.values()):
             if instance.state not in LIVE or instance.id in alive:
                 continue
-            patience = START_S if instance.state in ("starting", "joined") else LEASE_TTL_S
+            node = self.instances.get(f"node-{instance.node}")
+            beginning = instance.state in ("starting", "joined") and (node is None or node.state == "ready")
+            patience = START_S if beginning else LEASE_TTL_S
             if now - max(instance.since, self._recovered) > patience:
                 await self.happens(instance.id, "silence", f"no sign of life for {patience:g} s")
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from kernelm.identity import Authority, read
+from kernelm.identity import LIFETIME_S, Authority, read
 from kernelm_sdk.bus import Bucket, Bus
+from kernelm_sdk.enrollment import public_key
 from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.system import Route
 
@@ -25,6 +26,7 @@ class Leader(msgspec.Struct, frozen=True):
     epoch: int
     boot: str
     iat: int  # of the last push
+    key: str = ""  # its nkey: the next one shuts it out, or calls would go to the deposed kernel too
 
 
 class Revoked(msgspec.Struct, frozen=True):
@@ -33,6 +35,7 @@ class Revoked(msgspec.Struct, frozen=True):
     key: str
     at: int
     until: int
+    owner: str = ""
 
 
 class Router:
@@ -40,6 +43,7 @@ class Router:
 
     def __init__(self, authority: Authority, system: Bus, account: Bus) -> None:
         self._authority, self._system, self._boot = authority, system, account.boot
+        self._key = public_key(account.credentials.seed)
         self._routes: Bucket[Route] = account.bucket("routes", Route)
         self._leader: Bucket[Leader] = account.bucket("routes", Leader)
         self._revoked: Bucket[Revoked] = account.bucket("routes", Revoked)
@@ -53,10 +57,13 @@ class Router:
         """Take the leadership: raise the epoch, read the table, push it."""
         leader, revision = await self._leader.get("leader")
         self.epoch = (leader.epoch if leader else 0) + 1
-        await self._leader.put("leader", Leader(self.epoch, self._boot, leader.iat if leader else 0), revision)
+        await self._leader.put("leader", Leader(self.epoch, self._boot, leader.iat if leader else 0, self._key), revision)
         self.table = {r.name: r for r, _ in (await self._routes.all("route")).values()}
         self.revoked = {r.key: r for r, _ in (await self._revoked.all("revoked")).values()}
-        await self.push()
+        if leader and leader.key:
+            await self.revoke(leader.key, int(time.time()) + LIFETIME_S)  # later it has noticed: it must not push
+        else:
+            await self.push()
 
     async def set_all(self, routes: Iterable[Route], gone: Iterable[str] = (), back: bool = False) -> float:
         """Make `routes` durable, drop those named in `gone`, and put it all in force by one push; the milliseconds that the
@@ -75,15 +82,20 @@ class Router:
                 await self._routes.delete(_key(self.table.pop(name)))
         return await self.push()
 
-    async def revoke(self, key: str, until: int, at: int = 0) -> None:
+    async def revoke(self, key: str, until: int, at: int = 0, owner: str = "") -> None:
         """Refuse the user's JWTs issued up to now, or up to `at` and only from then on; the broker cuts its connections."""
         if at and key in self.revoked:
             return  # never later than was said before
-        record = Revoked(key, at or int(time.time()), until)
+        record = Revoked(key, at or int(time.time()), until, owner)
         await self._revoked.put(f"revoked.{key}", record, -1, patience_s=10)
         self.revoked[key] = record
         if record.at <= time.time():
             await self.push()
+
+    async def hasten(self, owner: str) -> None:
+        """What was to be refused of `owner` later is refused now."""
+        for later in [r for r in self.revoked.values() if r.owner == owner and r.at > time.time()]:
+            await self.revoke(later.key, later.until)
 
     def _due(self) -> dict[str, int]:
         return {r.key: r.at for r in self.revoked.values() if r.at <= time.time()}
@@ -109,7 +121,7 @@ class Router:
                 self.health = f"deposed by epoch {leader.epoch if leader else 0}"
                 raise KernelFault("not_leader", f"this kernel held epoch {self.epoch} and was deposed", "it has to stop")
             iat = max(int(time.time()), leader.iat + 1)
-            await self._leader.put("leader", Leader(self.epoch, self._boot, iat), revision)
+            await self._leader.put("leader", Leader(self.epoch, self._boot, iat, self._key), revision)
             for key in [k for k, r in self.revoked.items() if 0 < r.until < time.time()]:
                 await self._revoked.delete(f"revoked.{key}")
                 del self.revoked[key]

@@ -89,6 +89,8 @@ class Swapper:
         if manifest is None:
             name = request.plugin or (before.plugin if before else "")
             same = before if before and before.source and before.plugin == name else None
+            if not same and (name not in self._catalog.installed or (before and before.plugin == name)):
+                self._catalog.refresh()  # it came, or was upgraded, since this kernel began
             manifest = self._catalog.of(same) if same else self._catalog.need(name)
             request = msgspec.structs.replace(request, source=same.source if same else "")
         assert manifest is not None
@@ -101,7 +103,8 @@ class Swapper:
             settings = before.settings if before and before.plugin == manifest.name else {}
         routes = self._routes_for(manifest, before)
         generation = 1 + max((self._router.table[r].generation for r in routes if r in self._router.table), default=0)
-        fields: dict[str, Any] = {} if manifest.each_node else {"instances": request.instances}
+        instances = request.instances or (before.instances if before else 0) or 1
+        fields: dict[str, Any] = {} if manifest.each_node else {"instances": instances}
         spec = pool_of(manifest, pool=self._free_name(manifest.name, generation), runtime=runtime, settings=settings,
                        source=request.source, image=request.image, artifacts=request.artifacts, **fields)  # fmt: skip
         swap = SwapRequest(spec, routes, before.pool if before else "", generation, "", request.canary, request.bounds, request.why)
@@ -135,12 +138,13 @@ class Swapper:
             name, generation = f"{plugin}-g{generation}", generation + 1
         return name
 
-    def resolve(self, name: str) -> PoolSpec:
-        """The pool called so, or the one that serves the contract, deployment or plugin called so."""
+    def resolve(self, name: str, exactly: bool = False) -> PoolSpec:
+        """The pool called so, or the one that serves the contract, deployment or plugin called so; `exactly`: a parked pool of
+        that name comes before a running one of a plugin of that name."""
         pools = self._supervisor.pools
         routed = {r.name: r.to[-1].pool for r in self._router.table.values()}
         of_plugin = [p.pool for p in pools.values() if p.plugin == name and p.contracts and not p.parked]
-        for pool in (name if self.serves(name) else "", routed.get(name, ""), *of_plugin[-1:], name):
+        for pool in (name if exactly or self.serves(name) else "", routed.get(name, ""), *of_plugin[-1:], name):
             if pool in pools:
                 return pools[pool]
         raise ClientFault("not_found", f"there is no pool, plugin or contract {name!r}", f"pools are {', '.join(sorted(pools))}")

@@ -16,7 +16,9 @@ from kernelm_sdk.errors import ClientFault, Fault, PluginFault
 from kernelm_sdk.plugin import Plugin
 from kernelm_sdk.system import (
     Bounds,
+    Empty,
     Kernel,
+    Lifecycle,
     LoadRequest,
     Manifest,
     PoolSpec,
@@ -316,6 +318,42 @@ async def test_unload_and_scale(system: System) -> None:
 
 async def _is(coroutine: Any, value: int) -> bool:
     return await coroutine == value
+
+
+async def test_a_plugin_that_is_installed_while_the_kernel_runs_can_be_loaded(system: System) -> None:
+    swap = await finished(system, await system.admin.call(Kernel.load, LoadRequest("better", replaces="teller", bounds=AT_ONCE)))
+    MANIFESTS["late"] = structs.replace(GOOD, name="late", default=False)
+    try:
+        with pytest.raises(ClientFault, match="plugin 'late' does not run as"):
+            await system.admin.call(Kernel.load, LoadRequest("late", replaces="teller/1", runtime="container"))
+    finally:
+        del MANIFESTS["late"]
+    assert swap.phase == "done"
+
+
+async def test_what_is_parked_is_unloaded_by_its_own_name(system: System) -> None:
+    await finished(system, await system.admin.call(Kernel.load, LoadRequest("teller", replaces="teller", bounds=AT_ONCE)))
+    state = await system.state()
+    assert {p.pool: p.parked for p in state.pools} == {"teller": True, "teller-g2": False}
+    await system.admin.call(Kernel.unload, UnloadRequest("teller"))
+    assert (await system.admin.call(Teller.tell, Ask(1))).by == "good"
+    assert (await system.state()).routes[-1].to[0].pool == "teller-g2"
+
+
+async def test_a_replacement_has_as_many_instances_as_what_it_replaces(system: System) -> None:
+    await system.admin.call(Kernel.scale, ScaleRequest("teller", 2))
+    await finished(system, await system.admin.call(Kernel.load, LoadRequest("better", replaces="teller", bounds=AT_ONCE)))
+    assert next(p for p in (await system.state()).pools if p.pool == "better").instances == 2
+
+
+async def test_the_kernels_own_probes_are_no_calls(system: System) -> None:
+    instance = next(i.id for i in (await system.state()).instances if i.pool == "teller")
+    before = await system.admin.call(Lifecycle.probe, Empty(), instance=instance)
+    for _ in range(3):
+        await system.admin.call(Lifecycle.probe, Empty(), instance=instance)
+    await system.admin.call(Teller.tell, Ask(1))
+    after = await system.admin.call(Lifecycle.probe, Empty(), instance=instance)
+    assert after.answered - before.answered == 1
 
 
 @pytest.mark.parametrize(("request_", "words"), [

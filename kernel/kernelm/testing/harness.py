@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from kernelm.broker import Broker
-from kernelm.identity import Grant, admin, init_home
+from kernelm.identity import Grant, admin, init_home, write_secret
 from kernelm.kernel import KernelService, open_kernel
 from kernelm.testing.node import InlineNode
 from kernelm_sdk.bus import Bus
@@ -96,8 +96,8 @@ class System:
     async def start_kernel(self, safe: bool = False) -> KernelService:
         """A kernel in this process, with the test's manifests and no default pools."""
         self.kernel = await open_kernel(self.home, self.broker.url)
-        self.kernel.catalog.installed.clear()
-        self.kernel.catalog.installed.update(self._manifests)
+        self.kernel.catalog.find = lambda: (self._manifests, {})
+        self.kernel.catalog.refresh()
         await self.kernel.start(safe)
         self._buses.append(self.kernel.bus)
         return self.kernel
@@ -154,8 +154,7 @@ class System:
         """Start `python -m kernelm_<name>` with a token of its own; returns when it is ready."""
         identity = "node-local" if name == "node" else name
         token = self.home / "run" / "tokens" / identity
-        token.parent.mkdir(parents=True, exist_ok=True)
-        token.write_text(self.authority.token(identity))
+        write_secret(token, self.authority.token(identity))
         since = time.time()
         self._spawn(name, f"kernelm_{name}", KERNELM_TOKEN_FILE=str(token), **environment)
         await self.ready(identity, 30, since)

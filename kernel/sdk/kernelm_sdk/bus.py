@@ -1,4 +1,4 @@
-"""The bus: calls, streams, events and records over NATS. The only file that imports nats.
+"""The bus: calls, streams and subscriptions over NATS. The only file that imports nats.
 
 Requests use an inbox of our own in place of nats-py's: a permission violation arrives on the connection and not as a
 reply, and must become the error of the very call that was denied; a lost connection must fail the calls in flight at
@@ -6,94 +6,110 @@ once; and one call may have many replies (streams, reading a bucket).
 """
 
 import asyncio
-import base64
-import contextlib
 import logging
 import re
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
 
 import msgspec
 import nats
-import nkeys
 from nats.aio.msg import Msg
 
 from kernelm_sdk.contract import TOKEN, Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body
-from kernelm_sdk.events import Event, Received, envelope, received
-from kernelm_sdk.records import Bucket
-from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, WINDOW, Direct, Served, encode, handlers_of
+from kernelm_sdk.links import Credentials, Link, Subscription
+from kernelm_sdk.records import Bucket, Storage
+from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, MOVED, WINDOW, Direct, Served, encode, handlers_of
 from kernelm_sdk.system import Dispatch
 
-T = TypeVar("T", bound=msgspec.Struct)
 DEFAULT_TIMEOUT_S = 30.0
+SETTLE_S = 0.1  # a message that the broker matched before a subscription was there may be on its way for so long; the broker
+# tries the next member of a queue group for it, and drops it where there is none
+SHUT_OUT = 10  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
 
-class Credentials(msgspec.Struct):
-    """Who connects: the name that the JWT fixes, the JWT, and the seed that signs the server's nonce."""
+class Bus(Storage):
+    """One identity on the bus. Make it with `await Bus.connect(...)`, end it with `await bus.close()`."""
 
-    user: str
-    jwt: str
-    seed: str
-    expires: int = 0  # Unix seconds; 0 for never
-
-
-
-class Bus:
-    """One connection of one identity. Make it with `await Bus.connect(...)`, end it with `await bus.close()`."""
-    def __init__(self, credentials: Credentials) -> None:
-        self.credentials, self.user = credentials, credentials.user
-        self.boot = secrets.token_hex(16)  # events are numbered per source and boot; 128 bits, for it names the inbox too
+    def __init__(self, url: str, user: str, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__()
+        self.user, self.boot = user, secrets.token_hex(16)  # of events, which are numbered per source and boot
         self.reconnected: list[Callable[[], Awaitable[None]]] = []
-        self._client = nats.NATS()
-        self._inbox = f"_INBOX.{self.user}.{self.boot}"
-        self._waiting: dict[str, tuple[str, asyncio.Queue[Msg | Fault] | asyncio.Future[Msg]]] = {}  # token -> subject, sink
-        self._next = 0
-        self._sequence = 0
-        self._publishing = asyncio.Lock()
+        self._url, self._tls = url, tls
+        self._link: Link
+        self._client: Any  # of the link, as is
+        self._waiting: dict[str, tuple[str, asyncio.Queue[Msg | Fault] | asyncio.Future[Msg], Link]] = {}  # token -> subject, sink
+        self._next, self._random = 0, ""
         self._methods: dict[Any, tuple[Method, msgspec.json.Decoder[Any]]] = {}
         self._subjects: dict[tuple[Any, str, str], str] = {}
         self._denied: dict[str, str] = {}
+        self._subscriptions: list[Subscription] = []
+        self._changing = asyncio.Lock()  # subscriptions and connections change one at a time
+        self._retiring: dict[Link, asyncio.Task[None]] = {}
 
     # ---- connection ----
     @classmethod
     async def connect(cls, url: str, credentials: Credentials, *, tls: ssl.SSLContext | None = None,
                       timeout_s: float = 10.0) -> "Bus":  # fmt: skip
         """Connect, or KernelFault "broker_unreachable" / ClientFault "unauthorized" within `timeout_s`."""
-        bus = cls(credentials)
-        problems: list[str] = []
+        bus = cls(url, credentials.user, tls)
+        bus._use(await bus._open(credentials, timeout_s))
+        return bus
+
+    async def _open(self, credentials: Credentials, timeout_s: float) -> Link:
+        link, problems = Link(nats.NATS(), credentials), list[str]()
 
         async def on_error(error: Exception) -> None:
             problems.append(str(error) or type(error).__name__)
-            bus._on_error(error)
+            self._on_error(error)
+            # revoked while it was away: nats-py would try for ever, and its member be a ghost until its patience ends
+            if all("authorization violation" in p.lower() for p in problems[-SHUT_OUT:]) and len(problems) >= SHUT_OUT:
+                problems.clear()
+                await link.close()
+
+        async def on_disconnect() -> None:
+            self._lost(link, "the connection to the broker was lost before the answer came")
+
+        async def on_closed() -> None:  # for good: what was asked meanwhile would wait for nothing
+            self._lost(link, "the connection to the broker is closed")
+
+        async def on_reconnect() -> None:
+            for callback in self.reconnected if link is self._link else ():
+                await callback()
 
         try:
-            await asyncio.wait_for(bus._client.connect(
-                url, name=bus.user, user_jwt_cb=bus._jwt, signature_cb=bus._sign, inbox_prefix=bus._inbox, tls=tls,
+            await asyncio.wait_for(link.client.connect(
+                self._url, name=self.user, user_jwt_cb=link.jwt, signature_cb=link.sign, inbox_prefix=link.inbox, tls=self._tls,
                 skip_subject_validation=True,  # subjects are made of checked tokens: see `_subject`
                 max_reconnect_attempts=-1, reconnect_time_wait=0.1, ping_interval=1, max_outstanding_pings=3,
-                error_cb=on_error, disconnected_cb=bus._on_disconnect, reconnected_cb=bus._on_reconnect,
+                error_cb=on_error, disconnected_cb=on_disconnect, reconnected_cb=on_reconnect, closed_cb=on_closed,
             ), timeout_s)  # fmt: skip
         except Exception as error:
-            await bus.close()
+            await link.close()
             cause = "; ".join(problems[-1:]) or str(error) or type(error).__name__
             if "uthorization" in cause:
-                raise ClientFault("unauthorized", f"the broker at {url} refused {bus.user!r}: {cause}",
+                raise ClientFault("unauthorized", f"the broker at {self._url} refused {self.user!r}: {cause}",
                                   "the key is wrong, expired or revoked: get a new one") from None  # fmt: skip
-            raise KernelFault("broker_unreachable", f"no broker at {url}: {cause}", "is `kernelm up` running?",
+            raise KernelFault("broker_unreachable", f"no broker at {self._url}: {cause}", "is `kernelm up` running?",
                               retriable=True) from None  # fmt: skip
-        Direct.replace(await bus._client.subscribe(f"{bus._inbox}.*", pending_bytes_limit=0), bus._on_reply)
-        return bus
+        Direct.replace(await link.client.subscribe(f"{link.inbox}.*", pending_bytes_limit=0), self._on_reply)
+        return link
+
+    def _use(self, link: Link) -> None:
+        self._link, self._client, self.credentials = link, link.client, link.credentials
 
     async def close(self) -> None:
         """Flush what was published and disconnect."""
-        with contextlib.suppress(Exception):  # a dead broker must not keep anybody from ending
-            await self._client.flush(2)
-            await self._client.close()
+        for subscription in self._subscriptions:
+            subscription.stop()
+        for task in self._retiring.values():
+            task.cancel()
+        for link in [*self._retiring, self._link]:
+            await link.close()
 
     @property
     def closed(self) -> bool:
@@ -104,17 +120,51 @@ class Bus:
     def connected(self) -> bool:
         return bool(self._client.is_connected)
 
-    async def renewed(self, credentials: Credentials) -> None:
-        """Go on under a new JWT: nats-py closes for good when the old one expires."""
-        self.credentials = credentials
-        await self._client.flush()
-        await self._client.force_reconnect()
+    async def renewed(self, credentials: Credentials, overlap_s: float = 60.0) -> None:
+        """Go on under a new JWT, on a connection of its own; nothing is lost and nothing handled twice. What waits for an
+        answer on the old connection gets it there within `overlap_s`, if the old JWT and key are good for so long."""
+        link = await self._open(credentials, 10.0)
+        async with self._changing:
+            try:
+                for subscription in self._subscriptions:
+                    self._denied.pop(subscription.subject.lower(), None)
+                    await subscription.open(link, moving=True)
+                await link.barrier()
+                if denied := [s.subject for s in self._subscriptions if s.subject.lower() in self._denied]:
+                    raise ClientFault("permission_denied", f"{self.user!r} may no longer subscribe to {', '.join(denied)}")
+            except BaseException:
+                for subscription in self._subscriptions:
+                    subscription.left(link)
+                await link.close()
+                raise
+            old = self._link
+            self._use(link)
+            if not all(s.queue for s in self._subscriptions):
+                await asyncio.sleep(SETTLE_S)
+            await self._leave(old, self._subscriptions)
+        self._retiring[old] = asyncio.create_task(self._retire(old, overlap_s))
 
-    def _jwt(self) -> bytearray:
-        return bytearray(self.credentials.jwt.encode())
+    async def _leave(self, link: Link, subscriptions: Iterable[Subscription]) -> None:
+        for subscription in subscriptions:
+            await subscription.leave(link)
+        try:
+            if link.client.is_connected:
+                await link.barrier()
+        except KernelFault as fault:
+            log.warning("%s: %s", self.user, fault.message)  # then nothing more comes from there either
+        for subscription in subscriptions:
+            subscription.left(link)
 
-    def _sign(self, nonce: str) -> bytes:
-        return base64.b64encode(nkeys.from_seed(self.credentials.seed.encode()).sign(nonce.encode()))
+    async def _retire(self, link: Link, overlap_s: float) -> None:
+        """Close a connection that was replaced, once nothing waits there."""
+        until = time.monotonic() + overlap_s
+        while link.client.is_connected and time.monotonic() < until:
+            if not link.held and all(on is not link for _, _, on in self._waiting.values()):
+                break
+            await asyncio.sleep(0.02)
+        self._lost(link, "the connection to the broker was renewed, and the answer did not come in time")
+        await link.close()
+        self._retiring.pop(link, None)
 
     def _on_error(self, error: Exception) -> None:
         denied = re.search(r"permissions violation for (\w+) to \"([^\"]+)\"", str(error), re.IGNORECASE)
@@ -127,23 +177,19 @@ class Bus:
                             f"{subject!r}", "ask for a key or a manifest that grants it")  # fmt: skip
         # the broker names the subject after mapping: impl.<pool>.<tail> for a call that was made on [svc.]<tail>
         tail = subject.split(".", 2)[2] if subject.startswith("impl.") else ""
-        for token, (wanted, _) in list(self._waiting.items()):
+        for token, (wanted, _, _) in list(self._waiting.items()):
             if subject == wanted.lower() or (tail and tail == wanted.removeprefix("svc.")):
                 self._fail(token, fault)
 
-    async def _on_disconnect(self) -> None:
-        fault = KernelFault("disconnected", "the connection to the broker was lost before the answer came", retriable=True)
-        for token in list(self._waiting):
+    def _lost(self, link: Link, why: str) -> None:
+        fault = KernelFault("disconnected", why, retriable=True)
+        for token in [token for token, (_, _, on) in self._waiting.items() if on is link]:
             self._fail(token, fault)
-
-    async def _on_reconnect(self) -> None:
-        for callback in self.reconnected:
-            await callback()
 
     # ---- requests ----
 
     def _fail(self, token: str, fault: Fault) -> None:
-        _, sink = self._waiting.pop(token, ("", None))
+        _, sink, _ = self._waiting.pop(token, ("", None, None))
         if isinstance(sink, asyncio.Queue):
             sink.put_nowait(fault)
         elif sink is not None and not sink.done():
@@ -155,25 +201,29 @@ class Bus:
 
     def _on_reply(self, msg: Msg) -> None:
         token = msg.subject.rpartition(".")[2]
-        _, sink = self._waiting.get(token, ("", None))
+        _, sink, _ = self._waiting.get(token, ("", None, None))
         if isinstance(sink, asyncio.Queue):
             sink.put_nowait(msg)
         elif sink is not None and not sink.done():
             sink.set_result(msg)
 
     def _token(self) -> str:
+        """A name for a request in the inbox. Who is asked learns it, and the inbox with it, and must not guess the next."""
+        at = self._next % 256 * 16
+        if at == 0:
+            self._random = secrets.token_hex(2048)
         self._next += 1
-        return format(self._next, "x")
+        return f"{self._next:x}{self._random[at : at + 16]}"
 
     async def request(self, subject: str, body: bytes, timeout_s: float, headers: dict[str, str] | None = None) -> Msg:
         """One raw request and its one reply; faults: "no_responders", "timeout", "permission_denied", "disconnected"."""
-        token = self._token()
+        token, link = self._token(), self._link
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Msg] = loop.create_future()
-        self._waiting[token] = (subject, future)
+        self._waiting[token] = (subject, future, link)
         timer = loop.call_later(timeout_s, self._expire, token, timeout_s)
         try:
-            await self._client.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            await link.client.publish(subject, body, reply=f"{link.inbox}.{token}", headers=headers)
             msg = await future
         except nats.errors.Error as error:
             raise _of_nats(error, subject) from None
@@ -203,19 +253,22 @@ class Bus:
         return subject
 
     async def call(self, declared: Any, request: msgspec.Struct, *, model: str = "", instance: str = "",
-                   timeout_s: float = DEFAULT_TIMEOUT_S, patience_s: float = 0.0) -> Any:  # fmt: skip
+                   timeout_s: float = DEFAULT_TIMEOUT_S, patience_s: float = 0.0,
+                   headers: dict[str, str] | None = None) -> Any:  # fmt: skip
         """Call a method: where it is routed, on the deployment `model`, or on one `instance`. Faults of the far side are
-        raised here. With `patience_s` a retriable KernelFault is tried again so long: for handlers that are idempotent."""
+        raised here. With `patience_s` a retriable KernelFault is tried again so long, and so is `stale_generation`: for handlers
+        that are idempotent."""
         method, decoder = self.resolve(declared)
         subject = self._subject(declared, method, model, instance)
-        headers = None if timeout_s == DEFAULT_TIMEOUT_S else {DEADLINE: f"{time.time() + timeout_s:.3f}"}
         body, until, pause = encode(request), time.monotonic() + patience_s, 0.05
         while True:
+            own = {} if timeout_s == DEFAULT_TIMEOUT_S else {DEADLINE: f"{time.time() + timeout_s:.3f}"}  # of this try alone
             try:
-                msg = await self.request(subject, body, timeout_s, headers)
+                msg = await self.request(subject, body, timeout_s, {**(headers or {}), **own} or None)
                 return decoder.decode(msg.data)
-            except KernelFault as fault:
-                if not fault.retriable or time.monotonic() + pause > until:
+            except (KernelFault, ClientFault) as fault:
+                waits = isinstance(fault, KernelFault) or fault.code == "stale_generation"  # the route may be on its way
+                if not waits or not fault.retriable or time.monotonic() + pause > until:
                     raise
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
@@ -225,11 +278,12 @@ class Bus:
         """The frames of a streamed method, in order. At most WINDOW are in flight; leaving the loop stops the producer."""
         method, decoder = self.resolve(declared)
         subject = self._subject(declared, method, model, instance)
-        token, frames = self._token(), asyncio.Queue[Msg | Fault]()
-        self._waiting[token] = (subject, frames)
+        link, token, frames = self._link, self._token(), asyncio.Queue[Msg | Fault]()
+        moved: tuple[str, asyncio.Queue[Msg | Fault]] | None = None  # where the frames will come from soon
+        self._waiting[token] = (subject, frames, link)
         count, credit, late = 0, "", KernelFault("timeout", f"no frame on {subject} within {idle_s:g} s", retriable=True)
         try:
-            await self._client.publish(subject, encode(request), reply=f"{self._inbox}.{token}")
+            await link.client.publish(subject, encode(request), reply=f"{link.inbox}.{token}")
             while True:
                 try:
                     msg = await asyncio.wait_for(frames.get(), idle_s)
@@ -241,12 +295,21 @@ class Bus:
                 if msg.headers and LAST in msg.headers:
                     credit = ""
                     return
+                if msg.headers and MOVED in msg.headers and moved:
+                    del self._waiting[token]
+                    (token, frames), moved = moved, None
+                    continue
                 count, credit = count + 1, msg.reply
                 yield decoder.decode(msg.data)
-                if credit and count % (WINDOW // 2) == 0:
+                if credit and not moved and self._link is not link:  # have the rest sent to the new connection
+                    link, moved = self._link, (self._token(), asyncio.Queue[Msg | Fault]())
+                    self._waiting[moved[0]] = (subject, moved[1], link)
+                    await link.client.publish(credit, str(count).encode(), reply=f"{link.inbox}.{moved[0]}")
+                elif credit and count % (WINDOW // 2) == 0:
                     await self._client.publish(credit, str(count).encode())
         finally:
-            self._waiting.pop(token, None)
+            for waiting in (token, moved[0] if moved else ""):
+                self._waiting.pop(waiting, None)
             if credit:
                 await self._client.publish(credit, b"cancel")
 
@@ -261,27 +324,35 @@ class Bus:
         pool and on the instance's own subjects. The token of the caller comes from the subject, which the broker guards."""
         served = Served(self, handlers, models, make_call)
         served.subscriptions = [await self._subscribe(f"impl.{pool}.>", None, pool, served.on_message),
-                                await self._subscribe(f"inst.{instance}.>", None, "", served.on_message)]  # fmt: skip
+                                await self._subscribe(f"inst.{instance}.>", None, self.boot, served.on_message)]  # fmt: skip
         return served
 
-    async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]] | None, queue: str = "",
-                         direct: Callable[[Msg], None] | None = None) -> Any:  # fmt: skip
-        self._denied.pop(subject.lower(), None)
-        subscription = await self._client.subscribe(subject, queue=queue, cb=callback, pending_bytes_limit=0 if direct else 2**27)
-        if direct:
-            Direct.replace(subscription, direct)
-        await self._barrier()  # a denial comes back before its answer
-        if subject.lower() in self._denied:
-            raise ClientFault("permission_denied", f"{self.user!r} may not subscribe to {subject!r}")
+    async def _subscribe(self, subject: str, handler: Callable[[Any], Awaitable[None]] | None, queue: str = "",
+                         direct: Callable[[Any], None] | None = None) -> Subscription:  # fmt: skip
+        async with self._changing:
+            self._denied.pop(subject.lower(), None)
+            subscription = Subscription(self, subject, queue, handler, direct)
+            try:
+                await subscription.open(self._link)
+                await self._link.barrier()  # a denial comes back before its answer
+                if subject.lower() in self._denied:
+                    raise ClientFault("permission_denied", f"{self.user!r} may not subscribe to {subject!r}")
+            except BaseException:
+                subscription.stop()
+                subscription.left(self._link)
+                raise
+            self._subscriptions.append(subscription)
         return subscription
 
-    async def _barrier(self) -> None:
-        """All that was sent before has reached the broker. nats-py's flush writes its ping past the commands that wait in
-        its buffer, so one flush proves nothing; the second one's ping follows them."""
-        await self._client.flush()
-        await self._client.flush()
+    async def unsubscribe(self, *subscriptions: Subscription) -> None:
+        """End subscriptions at the broker. What it had sent before is with the handlers when this returns. nats-py's own
+        drain loses messages."""
+        async with self._changing:
+            await self._leave(self._link, subscriptions)
+            self._subscriptions = [s for s in self._subscriptions if s not in subscriptions]
 
-    async def subscribe(self, subject: str, callback: Callable[[str, bytes, str], Awaitable[bytes | None]], queue: str = "") -> Any:
+    async def subscribe(self, subject: str, callback: Callable[[str, bytes, str], Awaitable[bytes | None]],
+                        queue: str = "") -> Subscription:  # fmt: skip
         """Raw: `callback(subject, body, reply subject)` for each message; what it returns is the answer."""
 
         async def on_message(msg: Msg) -> None:
@@ -289,89 +360,7 @@ class Bus:
             if answer is not None and msg.reply:
                 await self._client.publish(msg.reply, answer)
 
-        return await self._subscribe(subject, on_message, queue)
-
-    # ---- events and records ----
-    async def publish(self, event: Event, patience_s: float = 30.0) -> int:
-        """Publish a fact and wait until it is on disk; its sequence in the stream. A publish that timed out may have been
-        stored, so it is repeated under the same id, which the stream deduplicates."""
-        async with self._publishing:  # keeps the source's sequence free of gaps and in order
-            subject, body, headers = envelope(event, self.user, self.boot, self._sequence + 1)
-            sequence = await self.append(subject, body, headers, patience_s)
-            self._sequence += 1
-        return sequence
-
-    async def append(self, subject: str, body: bytes, headers: dict[str, str] | None = None, patience_s: float = 0.0) -> int:
-        """Store a message in the stream that holds `subject`; its sequence. KernelFault "conflict" when an expected
-        sequence in the headers is not the last one."""
-        until = time.monotonic() + patience_s
-        while True:
-            try:
-                answer = msgspec.json.decode((await self.request(subject, body, 5.0, headers)).data)
-                break
-            except KernelFault as fault:
-                if not fault.retriable or time.monotonic() > until:
-                    raise
-            await asyncio.sleep(0.2)
-        if error := answer.get("error"):
-            if error.get("err_code") in (10071, 10164):  # wrong last sequence
-                raise ClientFault("conflict", f"{subject}: another writer was first", "read it again and retry", retriable=True)
-            raise KernelFault("storage", f"{subject}: {error.get('description')}", "is the broker's disk full?", retriable=True)
-        return int(answer["seq"])
-
-    async def follow(self, handler: Callable[[Received], Awaitable[None]], pattern: str = "evt.>") -> Any:
-        """Live events that match `pattern`, in order; stop with `.unsubscribe()` on what is returned."""
-
-        async def on_message(msg: Msg) -> None:
-            await handler(received(msg.subject, msg.data, msg.headers))
-
-        return await self._subscribe(pattern, on_message)
-
-    async def read(self, stream: str, pattern: str = "", first: int = 1, batch: int = 500
-                   ) -> AsyncIterator[tuple[int, str, bytes, dict[str, str]]]:  # fmt: skip
-        """(sequence, subject, body, headers) of all messages stored in `stream` from `first` on, to its present end."""
-        while True:
-            query = encode({"seq": first, "batch": batch, "next_by_subj": pattern or ">"})
-            token, replies = self._token(), asyncio.Queue[Msg | Fault]()
-            subject = f"$JS.API.DIRECT.GET.{stream}"
-            self._waiting[token] = (subject, replies)
-            pending = 0
-            try:
-                await self._client.publish(subject, query, reply=f"{self._inbox}.{token}")
-                while True:
-                    msg = await asyncio.wait_for(replies.get(), 5.0)
-                    if isinstance(msg, Fault):
-                        raise msg
-                    headers = dict(msg.headers or {})
-                    if status := headers.get("Status"):
-                        if status == "404":  # none from `first` on
-                            return
-                        if status != "204":
-                            raise KernelFault("storage", f"{stream}: {status} {headers.get('Description', '')}", retriable=True)
-                        pending = int(headers.get("Nats-Num-Pending", 0))
-                        break
-                    first = int(headers["Nats-Sequence"]) + 1
-                    yield first - 1, headers["Nats-Subject"], msg.data, headers
-            except TimeoutError:
-                raise KernelFault("timeout", f"no answer of stream {stream}", "is the broker up?", retriable=True) from None
-            finally:
-                self._waiting.pop(token, None)
-            if pending == 0:
-                return
-
-    def bucket(self, name: str, kind: type[T]) -> Bucket[T]:
-        """The records of type `kind` in KV bucket `name`."""
-        return Bucket(self, name, kind)
-
-    async def ensure_stream(self, name: str, subjects: list[str], **config: Any) -> None:
-        """Create the stream, or update it if it exists with other settings. Only the kernel may."""
-        body = {"name": name, "subjects": subjects, "storage": "file", "retention": "limits", "num_replicas": 1,
-                "allow_direct": True, "max_consumers": -1, "max_msgs": -1, "max_age": 0, "discard": "old", **config}  # fmt: skip
-        for verb in ("CREATE", "UPDATE"):
-            answer = msgspec.json.decode((await self.request(f"$JS.API.STREAM.{verb}.{name}", encode(body), 10.0)).data)
-            if "error" not in answer:
-                return
-        raise KernelFault("storage", f"stream {name}: {answer['error'].get('description')}", "is the disk full?")
+        return await self._subscribe(subject, on_message, queue or self.boot)
 
 
 def _raise_if_fault(msg: Msg, subject: str) -> None:

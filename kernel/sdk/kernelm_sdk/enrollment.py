@@ -1,14 +1,16 @@
-"""Keys of one's own, and turning a one-time join token into credentials."""
+"""Keys of one's own: turning a one-time join token into credentials, and credentials into the next ones."""
 
+import asyncio
 import base64
 import os
+import time
 
 import msgspec
 import nkeys
 
 from kernelm_sdk.bus import Bus, Credentials
-from kernelm_sdk.errors import ClientFault
-from kernelm_sdk.system import EnrollRequest, Kernel
+from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.system import EnrollRequest, Kernel, RenewRequest
 
 
 def new_seed(prefix: int = nkeys.PREFIX_BYTE_USER) -> str:
@@ -29,8 +31,23 @@ async def join(url: str, token: str, patience_s: float = 60.0) -> Credentials:
         raise ClientFault("unauthorized", "the join token is damaged", "issue a new one") from None
     seed = new_seed()
     bus = await Bus.connect(url, ticket)
+    request, until = EnrollRequest(ticket.jwt, public_key(seed)), time.monotonic() + patience_s
     try:
-        enrolled = await bus.call(Kernel.enroll, EnrollRequest(ticket.jwt, public_key(seed)), timeout_s=5.0, patience_s=patience_s)
+        while True:  # at an even pace: the kernel may be starting beside us, and everything waits for whoever joins last
+            try:
+                enrolled = await bus.call(Kernel.enroll, request, timeout_s=5.0)
+                break
+            except KernelFault as fault:
+                if not fault.retriable or time.monotonic() > until:
+                    raise
+            await asyncio.sleep(0.05)
     finally:
         await bus.close()
     return Credentials(enrolled.user, enrolled.jwt, seed, enrolled.expires)
+
+
+async def renew(bus: Bus, seed: str, overlap_s: int = 60) -> None:
+    """Go on under the new key `seed` and a JWT for it; the old key is revoked after `overlap_s`. Nothing in flight is lost.
+    When this fails it may be tried again with the same seed."""
+    enrolled = await bus.call(Kernel.renew, RenewRequest(public_key(seed), overlap_s), timeout_s=5.0)
+    await bus.renewed(Credentials(enrolled.user, enrolled.jwt, seed, enrolled.expires), overlap_s)

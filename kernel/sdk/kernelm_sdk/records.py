@@ -1,21 +1,131 @@
-"""Typed records in the broker's key-value store; all writes are compare-and-set."""
+"""What the broker keeps: events in streams, and typed records in its key-value store, written compare-and-set."""
 
-from typing import TYPE_CHECKING, Generic, TypeVar
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
+from kernelm_sdk.events import Event, Received, envelope, received
 from kernelm_sdk.serving import encode
 
 if TYPE_CHECKING:
-    from kernelm_sdk.bus import Bus
+    from kernelm_sdk.links import Link
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Storage(ABC):
+    """The part of the bus that is about what the broker keeps."""
+
+    user: str
+    boot: str  # events are numbered per source and boot
+    _link: "Link"
+    _waiting: dict[str, tuple[str, Any, "Link"]]
+
+    def __init__(self) -> None:
+        self._sequence = 0
+        self._publishing = asyncio.Lock()
+
+    @abstractmethod
+    async def request(self, subject: str, body: bytes, timeout_s: float, headers: dict[str, str] | None = None) -> Any: ...
+
+    @abstractmethod
+    def _token(self) -> str: ...
+
+    @abstractmethod
+    async def _subscribe(self, subject: str, handler: Callable[[Any], Awaitable[None]] | None, queue: str = "",
+                         direct: Callable[[Any], None] | None = None) -> Any: ...  # fmt: skip
+
+    async def publish(self, event: Event, patience_s: float = 30.0) -> int:
+        """Publish a fact and wait until it is on disk; its sequence in the stream. A publish that timed out may have been
+        stored, so it is repeated under the same id, which the stream deduplicates."""
+        async with self._publishing:  # keeps the source's sequence free of gaps and in order
+            subject, body, headers = envelope(event, self.user, self.boot, self._sequence + 1)
+            sequence = await self.append(subject, body, headers, patience_s)
+            self._sequence += 1
+        return sequence
+
+    async def append(self, subject: str, body: bytes, headers: dict[str, str] | None = None, patience_s: float = 0.0) -> int:
+        """Store a message in the stream that holds `subject`; its sequence. KernelFault "conflict" when an expected
+        sequence in the headers is not the last one."""
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                answer = msgspec.json.decode((await self.request(subject, body, 5.0, headers)).data)
+                break
+            except KernelFault as fault:
+                if not fault.retriable or time.monotonic() > until:
+                    raise
+            await asyncio.sleep(0.2)
+        if error := answer.get("error"):
+            if error.get("err_code") in (10071, 10164):  # wrong last sequence
+                raise ClientFault("conflict", f"{subject}: another writer was first", "read it again and retry", retriable=True)
+            raise KernelFault("storage", f"{subject}: {error.get('description')}", "is the broker's disk full?", retriable=True)
+        return int(answer["seq"])
+
+    async def follow(self, handler: Callable[[Received], Awaitable[None]], pattern: str = "evt.>") -> Any:
+        """Live events that match `pattern`, in order; stop with `.unsubscribe()` on what is returned."""
+
+        async def on_message(msg: Any) -> None:
+            await handler(received(msg.subject, msg.data, msg.headers))
+
+        return await self._subscribe(pattern, on_message)
+
+    async def read(self, stream: str, pattern: str = "", first: int = 1, batch: int = 500
+                   ) -> AsyncIterator[tuple[int, str, bytes, dict[str, str]]]:  # fmt: skip
+        """(sequence, subject, body, headers) of all messages stored in `stream` from `first` on, to its present end."""
+        while True:
+            query = encode({"seq": first, "batch": batch, "next_by_subj": pattern or ">"})
+            token, replies, link = self._token(), asyncio.Queue[Any](), self._link
+            subject = f"$JS.API.DIRECT.GET.{stream}"
+            self._waiting[token] = (subject, replies, link)
+            pending = 0
+            try:
+                await link.client.publish(subject, query, reply=f"{link.inbox}.{token}")
+                while True:
+                    msg = await asyncio.wait_for(replies.get(), 5.0)
+                    if isinstance(msg, Fault):
+                        raise msg
+                    headers = dict(msg.headers or {})
+                    if status := headers.get("Status"):
+                        if status == "404":  # none from `first` on
+                            return
+                        if status != "204":
+                            raise KernelFault("storage", f"{stream}: {status} {headers.get('Description', '')}", retriable=True)
+                        pending = int(headers.get("Nats-Num-Pending", 0))
+                        break
+                    first = int(headers["Nats-Sequence"]) + 1
+                    yield first - 1, headers["Nats-Subject"], msg.data, headers
+            except TimeoutError:
+                raise KernelFault("timeout", f"no answer of stream {stream}", "is the broker up?", retriable=True) from None
+            finally:
+                self._waiting.pop(token, None)
+            if pending == 0:
+                return
+
+    def bucket(self, name: str, kind: type[T]) -> "Bucket[T]":
+        """The records of type `kind` in KV bucket `name`."""
+        return Bucket(self, name, kind)
+
+    async def ensure_stream(self, name: str, subjects: list[str], **config: Any) -> None:
+        """Create the stream, or update it if it exists with other settings. Only the kernel may."""
+        body = {"name": name, "subjects": subjects, "storage": "file", "retention": "limits", "num_replicas": 1,
+                "allow_direct": True, "max_consumers": -1, "max_msgs": -1, "max_age": 0, "discard": "old", **config}  # fmt: skip
+        for verb in ("CREATE", "UPDATE"):
+            answer = msgspec.json.decode((await self.request(f"$JS.API.STREAM.{verb}.{name}", encode(body), 10.0)).data)
+            if "error" not in answer:
+                return
+        raise KernelFault("storage", f"stream {name}: {answer['error'].get('description')}", "is the disk full?")
 
 
 class Bucket(Generic[T]):
     """Typed records under keys, all writes compare-and-set. Keys are `[a-z0-9.-]+`."""
 
-    def __init__(self, bus: "Bus", name: str, kind: type[T]) -> None:
+    def __init__(self, bus: "Storage", name: str, kind: type[T]) -> None:
         self._bus, self._name, self._decoder = bus, name, msgspec.json.Decoder(kind)
 
     async def get(self, key: str) -> tuple[T | None, int]:

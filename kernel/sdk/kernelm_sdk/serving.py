@@ -69,7 +69,7 @@ class Served:
         task.add_done_callback(self.tasks.discard)
 
     async def _answer(self, msg: Any) -> None:
-        begun = time.perf_counter()
+        begun, contract = time.perf_counter(), ""
         try:
             _, _, contract, version, name, caller = msg.subject.split(".")
             model = version if contract == "model" else ""
@@ -79,7 +79,7 @@ class Served:
             if model and model not in self._models:
                 raise ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
             method, handler, decoder = entry
-            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and float(deadline) < time.time():
+            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and _seconds(deadline) < time.time():
                 raise KernelFault("timeout", f"{name}: the caller's deadline has passed", retriable=True)
             try:
                 request = decoder.decode(msg.data)
@@ -95,6 +95,8 @@ class Served:
         except Exception as error:
             self.failed += not isinstance(error, ClientFault)
             await self._refuse(msg, error)
+        if contract == "plugin":  # the verbs are no work: who watches a pool must not see itself
+            return
         self.answered += 1
         self.latency[min(int((time.perf_counter() - begun) * 16e3).bit_length(), BUCKETS - 1)] += 1
 
@@ -154,6 +156,13 @@ class Served:
         while self.tasks and time.monotonic() < until:
             await asyncio.wait(list(self.tasks), timeout=0.05)
         return not self.tasks
+
+
+def _seconds(deadline: str) -> float:
+    try:
+        return float(deadline)
+    except ValueError:
+        raise ClientFault("invalid", f"{DEADLINE}: {deadline[:40]!r} is no number", "give Unix seconds") from None
 
 
 def handlers_of(implementation: Any, *contracts: str) -> dict[str, tuple[Method, Callable[..., Any]]]:

@@ -120,7 +120,7 @@ class LoadRequest(Struct, frozen=True):
     source: str = ""  # the digest of an artifact with the plugin's files
     replaces: str = ""  # a pool, a plugin or a contract whose pool is replaced; "" to serve what nobody serves yet
     runtime: str = ""  # "" for the manifest's first
-    instances: int = 1
+    instances: int = 0  # 0: as many as the pool that is replaced, else 1
     settings: dict[str, Any] | None = None  # None: those of the pool that is replaced, when it is of the same plugin
     image: str = ""
     artifacts: tuple[str, ...] = ()
@@ -166,9 +166,9 @@ class SystemState(Struct, frozen=True):
     pools: tuple[PoolSpec, ...]
     routes: tuple[Route, ...]
     leader_epoch: int
+    health: dict[str, str] = {}  # "journal": "intact", "routes": "in force"; what is not well says why
     plugins: tuple[LoadedPlugin, ...] = ()  # those installed, and those loaded as artifacts
     swaps: tuple[Swap, ...] = ()  # under way, and the last of those that are over
-    health: dict[str, str] = {}  # "journal": "intact", "routes": "in force"; what is not well says why
 
 class ExitReport(Struct, frozen=True):
     instance: str

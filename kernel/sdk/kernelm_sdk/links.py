@@ -1,0 +1,153 @@
+"""How a bus goes from one connection to the next without losing or doubling a message: links, and subscriptions that move.
+
+A connection ends with the JWT it was opened under, so it is replaced before: the next one is opened, the subscriptions
+are opened there, those on the old one are closed, and the old one is kept as long as anything waits for an answer on it.
+"""
+
+import asyncio
+import base64
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import nkeys
+
+from kernelm_sdk.errors import KernelFault
+from kernelm_sdk.serving import Direct
+
+if TYPE_CHECKING:
+    from kernelm_sdk.bus import Bus
+
+LARGEST_BACKLOG = 2**27  # bytes that may wait for one handler
+log = logging.getLogger("kernelm.bus")
+
+
+class Credentials(msgspec.Struct):
+    """Who connects: the name that the JWT fixes, the JWT, and the seed that signs the server's nonce."""
+
+    user: str
+    jwt: str
+    seed: str
+    expires: int = 0  # Unix seconds; 0 for never
+
+    def __repr__(self) -> str:  # neither may come into a log or an error by an accident
+        return f"Credentials(user={self.user!r}, expires={self.expires})"
+
+
+class Link:
+    """One connection under one JWT, and the inbox that only it listens on. The name of the inbox holds 128 random bits and
+    is never published; who is asked something learns it, so each request in it has a name of its own (`Bus._token`)."""
+
+    def __init__(self, client: Any, credentials: Credentials) -> None:
+        self.client, self.credentials = client, credentials
+        self.inbox = f"_INBOX.{credentials.user}.{secrets.token_hex(16)}"
+        self.held: set[str] = set()  # streams that still expect acknowledgements here
+
+    def jwt(self) -> bytearray:
+        return bytearray(self.credentials.jwt.encode())
+
+    def sign(self, nonce: str) -> bytes:
+        return base64.b64encode(nkeys.from_seed(self.credentials.seed.encode()).sign(nonce.encode()))
+
+    async def barrier(self) -> None:
+        """All that was sent before has reached the broker, and all that the broker sent before is handled. nats-py's flush
+        writes its ping past the commands that wait in its buffer, so one flush proves nothing; the second one's ping follows
+        them. KernelFault "disconnected" when there is no broker."""
+        try:
+            await self.client.flush()
+            await self.client.flush()
+        except Exception as error:
+            raise KernelFault("disconnected", f"no answer of the broker: {error or type(error).__name__}", retriable=True) from None
+
+    async def close(self, flush_s: int = 2) -> None:
+        with contextlib.suppress(Exception):  # a dead broker must not keep anybody from ending
+            await self.client.flush(flush_s)
+        with contextlib.suppress(Exception):
+            await self.client.close()
+        # after a refusal nats-py may go on reconnecting in the background, and that task may swallow a cancellation
+        again = self.client._reconnection_task
+        while again is not None and not again.done() and again is not asyncio.current_task():
+            again.cancel()
+            await asyncio.wait([again], timeout=0.1)
+
+
+class Subscription:
+    """A subscription that outlives the connection it was opened on. In a queue group both connections may be subscribed at
+    the same time, since the broker gives a message to one of them; without one (`queue` "") messages come in order, and
+    those of the new connection wait until the old one is done and are dropped if they came there too."""
+
+    def __init__(self, bus: "Bus", subject: str, queue: str, handler: Callable[[Any], Awaitable[None]] | None,
+                 direct: Callable[[Any], None] | None = None) -> None:  # fmt: skip
+        self.subject, self.queue, self._bus, self._handler = subject, queue, bus, handler
+        self._deliver = direct or self._enqueue
+        self._natives: dict[Link, Any] = {}
+        self._next: Link | None = None  # during a move: where to
+        self._ahead: list[Any] = []  # what came there already
+        self._seen: set[str | None] = set()  # ids of what came on the old one meanwhile; copies may come even later
+        self._backlog: asyncio.Queue[Any] = asyncio.Queue()
+        self._bytes = 0
+        self._worker = asyncio.create_task(self._work()) if handler else None
+
+    async def open(self, link: Link, moving: bool = False) -> None:
+        """Subscribe on `link`; with `moving` beside the connection that is subscribed already."""
+        if moving:
+            self._next, self._ahead, self._seen = link, [], set()
+        native = await link.client.subscribe(self.subject, queue=self.queue, pending_bytes_limit=0)
+        self._natives[link] = native
+        Direct.replace(native, self._deliver if self.queue else partial(self._arrive, link))
+
+    async def leave(self, link: Link) -> None:
+        """Have the broker send nothing more there; what it has sent is handled once the link's barrier is passed."""
+        if (native := self._natives.get(link)) is not None and not link.client.is_closed:
+            await link.client._send_unsubscribe(native._id)
+
+    def left(self, link: Link) -> None:
+        """The barrier behind `leave` is passed: what waited for it comes now."""
+        if (native := self._natives.pop(link, None)) is not None:
+            link.client._remove_sub(native._id)
+        ahead = [] if link is self._next else self._ahead
+        self._next, self._ahead = None, []
+        for msg in ahead:
+            self._arrive(None, msg)
+
+    def _arrive(self, link: Link | None, msg: Any) -> None:
+        if link is not None and link is self._next:
+            self._ahead.append(msg)
+            return
+        identity = (msg.headers or {}).get("Nats-Msg-Id")
+        if self._next is not None:
+            self._seen.add(identity)
+        elif identity is not None and identity in self._seen:  # the copy of one that came on the old connection
+            return
+        self._deliver(msg)
+
+    def _enqueue(self, msg: Any) -> None:
+        if self._bytes + len(msg.data) > LARGEST_BACKLOG:
+            log.warning("%s: %d bytes wait for the handler; a message is dropped", self.subject, self._bytes)
+            return
+        self._bytes += len(msg.data)
+        self._backlog.put_nowait(msg)
+
+    async def _work(self) -> None:
+        """Handle one message after another."""
+        assert self._handler is not None
+        while True:
+            msg = await self._backlog.get()
+            self._bytes -= len(msg.data)
+            try:
+                await self._handler(msg)
+            except Exception:  # a bug of the handler must not end the subscription
+                log.exception("the handler of %s failed", self.subject)
+
+    async def unsubscribe(self) -> None:
+        """No more messages, not even those that wait."""
+        self.stop()
+        await self._bus.unsubscribe(self)
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.cancel()
