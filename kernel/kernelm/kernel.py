@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 from kernelm.catalog import Catalog, pool_of
-from kernelm.identity import Authority
 from kernelm.journal import AuditTrail, audit, create_assets
 from kernelm.keys import Keys, Members
 from kernelm.registry import LEASE_TTL_S, Lease, Registry
 from kernelm.router import Router
 from kernelm.supervisor import Supervisor
 from kernelm.swaps import Swapper
+from kernelm_authority.identity import Authority
 from kernelm_sdk import system as api
 from kernelm_sdk.bus import Bus, handlers_of
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
@@ -131,6 +131,8 @@ class KernelService:
             log.warning("%s is lost: %s", instance.id, instance.reason)
             self._spawn(self._shut_out(instance))
             self.supervisor.ended(instance, 1)
+        if instance.state == "exited" and instance.node:
+            await self.members.leave(instance.id)
         self.supervisor.changed()
         await self.swapper.changed()
 
@@ -176,13 +178,13 @@ class KernelService:
     async def ready(self, request: api.Ready, call: Any) -> Instance:
         if request.instance != call.caller:
             raise ClientFault("permission_denied", f"{call.caller!r} can't be ready for {request.instance!r}")
-        instance = await self.registry.happens(call.caller, "ready", models=request.models)
+        instance = self.registry.may(call.caller, "ready")
         spec = self.supervisor.pools.get(instance.pool)
         if (spec is None or spec.contracts) and not self.swapper.starting(instance.pool):
             for contract in instance.contracts:
                 if contract != "node/1":  # nodes are addressed one by one
                     await self._route(contract, instance.pool)
-        return instance
+        return await self.registry.happens(call.caller, "ready", models=request.models)  # whoever reads it may call at once
 
     async def exited(self, request: api.ExitReport, call: Any) -> Empty:
         instance = self.registry.instances.get(request.instance)

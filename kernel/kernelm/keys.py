@@ -12,23 +12,12 @@ from typing import Any
 
 import msgspec
 
-from kernelm.identity import LIFETIME_S, Authority, Grant
 from kernelm.router import Router
+from kernelm_authority.identity import LIFETIME_S, Authority, Grant
+from kernelm_sdk import system as api
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
-from kernelm_sdk.system import (
-    Empty,
-    Enrolled,
-    EnrollRequest,
-    Key,
-    KeyChanged,
-    KeyCreated,
-    KeyList,
-    KeyName,
-    KeyRequest,
-    RenewRequest,
-    RotateKey,
-)
+from kernelm_sdk.system import Empty, Enrolled, Key, KeyCreated
 
 LONGEST_OVERLAP_S = 3600  # a key that was given up is not accepted for longer than this
 
@@ -56,12 +45,19 @@ class Members:
             raise ClientFault("unauthorized", f"{name!r} is not enrolled", "enroll with a join token")
         return member
 
-    async def _unused(self, key: str, name: str) -> None:
-        for member, _ in (await self._records.all("member")).values():
-            if key in (member.key, member.previous) and member.grant.name != name:  # or giving it up would shut that one out
-                raise ClientFault("unauthorized", "this key is somebody else's", "make one of your own")
+    async def _claim(self, key: str, name: str) -> None:
+        holder, revision = await self._records.get(f"holder.{key}")
+        if holder is None:
+            holder, ttl_s = Member(Grant("", name), key, 0), LIFETIME_S + LONGEST_OVERLAP_S
+            await self._records.put(f"holder.{key}", holder, revision, ttl_s)
+        elif holder.grant.name != name:  # or giving it up would shut that one out
+            raise ClientFault("unauthorized", "this key is somebody else's", "make one of your own")
 
-    async def enroll(self, request: EnrollRequest, call: Any) -> Enrolled:
+    async def leave(self, name: str) -> None:
+        """An instance has ended: its name renews nothing any more."""
+        await self._records.delete(f"member.{name}")
+
+    async def enroll(self, request: api.EnrollRequest, call: Any) -> Enrolled:
         name, grant = self._authority.verify(request.token, "join")
         if name != call.caller:
             raise ClientFault("unauthorized", "the token belongs to another connection", "connect with the token itself")
@@ -70,7 +66,7 @@ class Members:
             await self._records.put(f"token.{name}", Member(grant, request.public_key, 0), revision, ttl_s=3600)
         elif used.key != request.public_key:  # the same key again: the first answer was lost
             raise ClientFault("unauthorized", "the join token was used already", "issue a new one")
-        await self._unused(request.public_key, grant.name)
+        await self._claim(request.public_key, grant.name)
         before, _ = await self._records.get(f"member.{grant.name}")
         if before and before.key != request.public_key:
             await self.shut_out(grant.name)  # one name, one holder: the one before may be frozen, and thaw
@@ -78,12 +74,12 @@ class Members:
         await self._records.put(f"member.{grant.name}", Member(grant, request.public_key, expires), -1)
         return Enrolled(grant.name, jwt, expires)
 
-    async def renew(self, request: RenewRequest, call: Any) -> Enrolled:
+    async def renew(self, request: api.RenewRequest, call: Any) -> Enrolled:
         """A JWT for the caller's next key; its present one is revoked after `overlap_s`. Said twice, it is done once."""
         member, revision = await self._records.get(f"member.{call.caller}")
         if member is None:
             raise ClientFault("unauthorized", f"{call.caller!r} is not enrolled", "enroll with a join token")
-        await self._unused(request.public_key, call.caller)
+        await self._claim(request.public_key, call.caller)
         jwt, expires = self._authority.issue(member.grant, request.public_key, LIFETIME_S)
         if request.public_key == member.key:
             member = msgspec.structs.replace(member, expires=expires)
@@ -117,17 +113,17 @@ class Keys:
         self._bus, self._authority, self._router, self._note = bus, authority, router, note
         self._records = bus.bucket("keys", Key)
 
-    async def create(self, request: KeyRequest, call: Any) -> KeyCreated:
+    async def create(self, request: api.KeyRequest, call: Any) -> KeyCreated:
         now = int(time.time())
         expires = now + request.expires_s if request.expires_s else 0
         key = Key(secrets.token_hex(6), request.name, "", request.models, request.methods, request.tenant, now, expires,
                   public_key=request.public_key, admin=request.admin)  # fmt: skip
         return await self._keep(key, 0, "created", call)
 
-    async def list(self, request: Empty, call: Any) -> KeyList:
-        return KeyList(tuple(key for key, _ in (await self._records.all()).values()))
+    async def list(self, request: Empty, call: Any) -> api.KeyList:
+        return api.KeyList(tuple(key for key, _ in (await self._records.all()).values()))
 
-    async def rotate(self, request: RotateKey, call: Any) -> KeyCreated:
+    async def rotate(self, request: api.RotateKey, call: Any) -> KeyCreated:
         """A new secret, and a new nkey where the request has one. The old ones are accepted for `overlap_s` more."""
         key, revision = await self._get(request.id)
         if key.revoked or 0 < key.expires < time.time():
@@ -139,7 +135,7 @@ class Keys:
             await self._router.revoke(old, key.expires, until, f"key-{key.id}")
         return await self._keep(new, revision, "rotated", call, bool(request.public_key))
 
-    async def revoke(self, request: KeyName, call: Any) -> Key:
+    async def revoke(self, request: api.KeyName, call: Any) -> Key:
         key, revision = await self._get(request.id)
         if key.public_key:
             await self._router.hasten(f"key-{key.id}")
@@ -168,5 +164,5 @@ class Keys:
         return KeyCreated(key, f"km_{key.id}_{secret}", jwt)
 
     async def _tell(self, key: Key, change: Any, call: Any) -> None:
-        await self._bus.publish(KeyChanged(id=key.id, name=key.name, change=change, by=call.caller))
+        await self._bus.publish(api.KeyChanged(id=key.id, name=key.name, change=change, by=call.caller))
         await self._note(call, f"{change.removesuffix('d')}_key", key.id)

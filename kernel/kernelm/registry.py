@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from kernelm.identity import Grant
 from kernelm.lifecycle import LIVE, step
+from kernelm_authority.identity import Grant
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.contract import CONTRACTS
 from kernelm_sdk.errors import ClientFault
@@ -44,7 +44,7 @@ class Registry:
 
     async def happens(self, id: str, happening: str, reason: str = "", **fields: object) -> Instance:
         """Move an instance along its lifecycle: record, event, and whoever has to know."""
-        now = self.instances.get(id) or Instance(id, "", "", "", "", "")
+        now = self.may(id, happening)
         state = step(now.state, happening)
         new = msgspec.structs.replace(now, state=state, since=time.time(), reason=reason, **fields)
         self.instances[id] = new
@@ -54,6 +54,12 @@ class Registry:
             await self._bus.publish(event)
         await self._changed(new)
         return new
+
+    def may(self, id: str, happening: str) -> Instance:
+        """The instance as it is; ClientFault where the lifecycle does not allow `happening` now."""
+        now = self.instances.get(id) or Instance(id, "", "", "", "", "")
+        step(now.state, happening)
+        return now
 
     def grace(self) -> None:
         """Nobody could renew for a while (the broker was away): count the silence from now."""

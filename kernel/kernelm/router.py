@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from kernelm.identity import LIFETIME_S, Authority, read
+from kernelm_authority.identity import LIFETIME_S, Authority, read
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.enrollment import public_key
 from kernelm_sdk.errors import ClientFault, KernelFault

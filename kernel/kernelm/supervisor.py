@@ -12,9 +12,9 @@ import time
 from collections import defaultdict, deque
 
 from kernelm.catalog import Catalog
-from kernelm.identity import Authority, Grant
 from kernelm.lifecycle import LIVE
 from kernelm.registry import Registry
+from kernelm_authority.identity import Authority, Grant
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.system import DrainRequest, Instance, InstanceName, Lifecycle, Manifest, Node, PoolSpec, Restart, StartInstance

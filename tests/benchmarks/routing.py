@@ -22,10 +22,11 @@ import nats
 import psutil
 import uvloop
 
-from kernelm.identity import Authority, Grant
 from kernelm.testing.harness import System
+from kernelm_authority.identity import Authority, Grant
 from kernelm_sdk.bus import Bus, Credentials, handlers_of
 from kernelm_sdk.contract import Contract, unary
+from kernelm_sdk.links import Link
 from kernelm_sdk.system import ContractVersion, Destination, Hello, Kernel, Ready, Route
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,9 +59,9 @@ class EchoServer:
 
 
 async def bare(url: str, credentials: Credentials) -> nats.NATS:
-    bus = Bus(credentials)
     client = nats.NATS()
-    await client.connect(url, user_jwt_cb=bus._jwt, signature_cb=bus._sign)
+    link = Link(client, credentials)
+    await client.connect(url, user_jwt_cb=link.jwt, signature_cb=link.sign)
     return client
 
 

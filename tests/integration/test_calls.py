@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from kernelm.identity import Grant
 from kernelm.testing.harness import System, until
+from kernelm_authority.identity import Grant
 from kernelm_sdk.contract import Contract, job, model_unary, streamed, unary
 from kernelm_sdk.errors import ClientFault, KernelFault, PluginFault
 from kernelm_sdk.plugin import Call, Job, Manifest, Plugin

@@ -3,8 +3,8 @@
 import asyncio
 from typing import Any
 
-from kernelm.identity import Grant
 from kernelm.testing.harness import System
+from kernelm_authority.identity import Grant
 from kernelm_sdk.plugin import Context, Plugin
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import Manifest

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kernelm.broker import Broker, find_server
-from kernelm.identity import init_home
+from kernelm_authority.broker import Broker, find_server
+from kernelm_authority.identity import init_home
 from kernelm_sdk.errors import ClientFault
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kernelm.identity import Authority, Grant, admin, init_home, permissions, read
+from kernelm_authority.identity import Authority, Grant, admin, init_home, permissions, read
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
 

@@ -372,7 +372,7 @@ def _raise_if_fault(msg: Msg, subject: str) -> None:
     if ERROR_CODE in msg.headers:
         try:
             raise from_body(msgspec.json.decode(msg.data, type=FaultBody))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise PluginFault("internal", f"{subject}: {msg.headers.get(ERROR, 'failed')}") from None
 
 

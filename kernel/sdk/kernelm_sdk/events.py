@@ -77,7 +77,7 @@ def received(subject: str, body: bytes, headers: dict[str, str] | None, stream_s
     if intact and kind in EVENTS:
         try:
             event = msgspec.json.decode(body, type=EVENTS[kind])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             intact = False
     return Received(kind, source, headers.get("ce-id", ""), headers.get("ce-time", ""), body, event, stream_sequence,
                     int(number) if number.isascii() and number.isdigit() and len(number) < 19 else 0, headers.get("ce-boot", ""),

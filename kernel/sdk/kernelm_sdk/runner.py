@@ -152,7 +152,7 @@ class Member:
                 raise ClientFault("busy", f"{self.name} has {len(self.jobs)} of {self.max_jobs} jobs", retriable=True)
             try:
                 request = msgspec.json.decode(dispatch.request, type=method.request)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 what = f"{method.contract.id()}.{method.name}"
                 raise ClientFault("invalid", f"{what}: {error}", "correct the stage's `with`") from None
             job = Job(self.implementation.context, call.caller, dispatch.job, dispatch.epoch, dispatch.attempt,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"  # ADR-32, so that the stock tool shows faults
 DEADLINE, LAST, MOVED = "Kernelm-Deadline", "Kernelm-Last", "Kernelm-Moved"
 BUCKETS = 24  # of the latency histogram: up to 2**23 / 16 ms, nearly nine minutes
+LATEST_S = 120.0  # after which a message that waited in a frozen process or a full buffer is not expected any more
 WINDOW = 64  # frames of a stream in flight; the consumer grants more at every half
 log = logging.getLogger("kernelm.serving")
 encode = msgspec.json.Encoder().encode
@@ -79,11 +80,12 @@ class Served:
             if model and model not in self._models:
                 raise ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
             method, handler, decoder = entry
-            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and _seconds(deadline) < time.time():
+            # a deadline that is older than a message can wait is a sign of a wrong clock, of which nobody may die
+            if msg.headers and (deadline := msg.headers.get(DEADLINE)) and 0 < time.time() - _seconds(deadline) < LATEST_S:
                 raise KernelFault("timeout", f"{name}: the caller's deadline has passed", retriable=True)
             try:
                 request = decoder.decode(msg.data)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise invalid(f"{name}: the request", error) from None
             call = self._make_call(caller, model, msg.headers)
             if method.kind == "streamed":

@@ -88,6 +88,11 @@ class Child:
         """From now on start the process again whenever it ends."""
         self._keeper = asyncio.create_task(self._keep(), name=f"keep-{self.name}")
 
+    def restart(self) -> None:
+        """Ask the process to end; its keeper starts it again."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.terminate()
+
     async def _keep(self) -> None:
         pause = BACKOFF_S
         while self.process is not None:

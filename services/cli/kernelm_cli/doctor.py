@@ -16,7 +16,7 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from kernelm.broker import find_server
+from kernelm_authority.broker import find_server
 from kernelm_cli.home import find_process, read_up
 from kernelm_cli.session import Output, print_json, stdout
 from kernelm_cli.state import WELL, system_state

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kernelm.identity import read, write_secret
+from kernelm_authority.identity import read, write_secret
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
 from kernelm_sdk.bus import Credentials
 from kernelm_sdk.enrollment import new_seed, public_key

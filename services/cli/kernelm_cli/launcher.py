@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import psutil
 
-from kernelm.broker import Broker, find_server
-from kernelm.identity import Authority, admin, init_home, write_secret
+from kernelm_authority.broker import Broker, find_server
+from kernelm_authority.identity import Authority, admin, init_home, write_secret
 from kernelm_cli.child import Child
 from kernelm_cli.home import HomeLock, UpFile, check_port, end, last_lines, leftovers, write_up
+from kernelm_cli.storage import watch
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.plugin import find_manifests
@@ -90,7 +91,7 @@ class Launcher:
         if self._bus is not None:
             await self._bus.close()
             self._bus = None
-        await asyncio.get_running_loop().create_future()
+        await watch(self._url, self.home, self.children["broker"].restart)
 
     async def down(self) -> None:
         """Stop in reverse order of start, and give the home free."""

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kernelm.identity import admin
+from kernelm_authority.identity import admin
 from kernelm_cli import faults, results
 from kernelm_cli.home import read_up
 from kernelm_cli.run_file import RunFile, read

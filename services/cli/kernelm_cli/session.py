@@ -12,7 +12,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 
-from kernelm.identity import admin
+from kernelm_authority.identity import admin
 from kernelm_cli.home import UpFile, read_up
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import KernelFault

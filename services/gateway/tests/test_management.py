@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from google.protobuf import json_format, message_factory
 
-from kernelm.identity import Grant
 from kernelm.testing.harness import System, until
+from kernelm_authority.identity import Grant
 from kernelm_gateway import protobuf
 from kernelm_gateway.gate import MANAGEABLE, ON_BEHALF, Gate
 from kernelm_gateway.messages import Codec

@@ -16,8 +16,8 @@ import pytest
 import pytest_asyncio
 from docker.errors import DockerException
 
-from kernelm.identity import Grant
 from kernelm.testing.harness import System
+from kernelm_authority.identity import Grant
 from kernelm_node.diagnosis import last_lines
 from kernelm_node.runtimes.container import IMAGE, ContainerRuntime, ContainerTask
 from kernelm_node.runtimes.runtime import HANDLE_VERSION, Handle, Launch

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from kernelm.identity import Grant
 from kernelm.testing.harness import System, until
+from kernelm_authority.identity import Grant
 from kernelm_node.runtimes import RUNTIMES
 from kernelm_node.runtimes.pidfd import started_at
 from kernelm_node.runtimes.runtime import ABILITIES

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernelm.identity import Authority, write_secret
+from kernelm_authority.identity import Authority, write_secret
 from kernelm_sdk.errors import ClientFault
 
 FLOOR = (2, 14, 3)  # authorization bypasses before
 
-TEMPLATE = """# written by kernelm.broker at every start; change kernelm's settings instead
+TEMPLATE = """# written by kernelm_authority.broker at every start; change kernelm's settings instead
 server_name: kernelm
 listen: "{host}:{port}"
 max_payload: 1MB

@@ -1,0 +1,54 @@
+"""A broker that can't store any more. nats-server gives a stream up for good at the first write that fails, on a full disk
+say, and answers no write to it until it is started again, however much space there is by then. So the launcher does that.
+
+The sign: the kernel answers, and yet its lease, which it writes every second, is old. (nats-server 2.15, `filestore`:
+"Critical write error".)
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kernelm.registry import LEASE_TTL_S, Lease
+from kernelm_authority.identity import admin
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import Fault
+from kernelm_sdk.system import Empty, Kernel
+
+LOOK_S = 1.0
+LOOKS = 2  # in a row with the same sign, before anything is done
+ROOM = 16 * 2**20  # bytes; with less the broker would fail again at once
+log = logging.getLogger("kernelm.launcher")
+
+
+async def watch(url: str, home: Path, restart: Callable[[], None]) -> None:
+    """Look for ever; `restart()` the broker when it can't store and has the room to."""
+    bus: Bus | None = None
+    signs = 0
+    while True:
+        await asyncio.sleep(LOOK_S)
+        try:
+            if bus is None or bus.closed:
+                bus = await Bus.connect(url, admin(home), timeout_s=5.0)
+            silent = await _silent(bus)
+        except Fault:  # broker or kernel is away: their keepers look after that
+            signs = 0
+            continue
+        signs = signs + 1 if silent > LEASE_TTL_S else 0
+        free = shutil.disk_usage(home).free
+        if signs >= LOOKS and free < ROOM:
+            log.error("the broker has stored nothing for %.0f s: %s has %d bytes left; free %d or more", silent, home, free, ROOM)
+        elif signs >= LOOKS:
+            log.error("the broker has stored nothing for %.0f s, and has %d bytes for it: it is started again", silent, free)
+            signs = 0
+            restart()
+
+
+async def _silent(bus: Bus) -> float:
+    """Seconds since the kernel's last write, as far as the broker kept it."""
+    await bus.call(Kernel.state, Empty(), timeout_s=2.0)
+    lease, _ = await bus.bucket("leases", Lease).get("kernel")
+    return time.time() - lease.renewed if lease else LEASE_TTL_S + 1.0
