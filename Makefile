@@ -12,7 +12,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make check      ruff, mypy, stale documents"
 	@echo "make reference  write the documents that are derived from the contracts"
-	@echo "make bench-NAME one of: $(patsubst tests/benchmarks/%.py,%,$(filter-out %/reporting.py,$(wildcard tests/benchmarks/*.py)))"
+	@echo "make bench-NAME one of: $(patsubst tests/benchmarks/%.py,%,$(filter-out %/reporting.py %/load.py,$(wildcard tests/benchmarks/*.py)))"
 
 # torch comes from the constraints as the CPU build's version; pip's wheel cache makes a second install quick
 $(STAMP): deploy/dev.txt deploy/constraints.txt pyproject.toml $(wildcard */*/pyproject.toml)

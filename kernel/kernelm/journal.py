@@ -48,7 +48,7 @@ async def create_assets(bus: Bus) -> None:
     await bus.ensure_stream("TELEMETRY", ["tel.>"], storage="memory", max_bytes=GIB // 32)
     bucket = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True, "allow_msg_ttl": True, "deny_delete": True, "discard": "new"}
     for name in BUCKETS:
-        await bus.ensure_stream(f"KV_{name}", [f"$KV.{name}.>"], max_bytes=GIB, **bucket)
+        await bus.ensure_stream(f"KV_{name}", [f"$KV.{name}.>"], max_bytes=GIB, **bucket, allow_atomic=True)
     await bus.ensure_stream("KV_leases", ["$KV.leases.>"], max_bytes=GIB // 64, **bucket, persist_mode="async")
 
 
@@ -64,7 +64,7 @@ async def audit(bus: Bus) -> Verdict:
             damaged.append(sequence)
         if event.source_sequence:
             seen.setdefault(f"{event.source}.{event.boot}", []).append(event.source_sequence)
-    missing = {k: gap for k, numbers in seen.items() if (gap := max(numbers) - min(numbers) + 1 - len(numbers))}
+    missing = {k: gap for k, numbers in seen.items() if (gap := max(numbers) - min(numbers) + 1 - len(set(numbers)))}
     return Verdict(count, tuple(damaged), missing)
 
 

@@ -57,6 +57,7 @@ class KernelService:
         for part in (self.registry, self.catalog, self.supervisor):
             await part.recover()
         await self.router.lead()
+        await self.swapper.recover()  # before anybody asks: a swap that is not known yet would be begun twice
         await self.bus.serve(handlers_of(self, "kernel/1"), pool="kernel", instance="kernel")
         await self.registry.happens("kernel", "hello", plugin="kernel", pool="kernel", contracts=("kernel/1",))
         await self.registry.happens("kernel", "ready")
@@ -72,7 +73,6 @@ class KernelService:
             served = any(d.pool in self.supervisor.pools for r in routes for d in r.to)
             if manifest.default and kept != spec and (kept or not served):  # new, or its manifest has changed
                 await self.supervisor.want(spec)
-        await self.swapper.recover()
         self.bus.reconnected.append(self._reconnected)
         for work in (self.supervisor.run(), self._watch(), self._audit()):
             self._spawn(work)

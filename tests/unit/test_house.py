@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("policies",)  # several small plugins in one distribution
 SUBSYSTEMS = ("scheduler", "data", "trainer", "optimizer", "vllm", "encoder")
 
 
@@ -62,12 +63,26 @@ def test_plugins_import_contracts_and_the_sdk_and_never_each_other(name: str) ->
 @pytest.mark.parametrize("name", packages())
 def test_every_plugin_has_the_one_shape(name: str) -> None:
     folder = ROOT / "plugins" / name
+    if name in FAMILIES:
+        return  # see the test of families
     for part in ("pyproject.toml", "README.md", f"kernelm_{name}/kernelm-plugin.toml", f"kernelm_{name}/__init__.py",
                  f"kernelm_{name}/plugin.py", "tests"):  # fmt: skip
         assert (folder / part).exists(), f"{name} has no {part}"
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == f"kernelm-{name}"
     assert project["entry-points"]["kernelm.plugins"] == {name: f"kernelm_{name}"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_of_plugins_holds_a_package_for_each(name: str) -> None:
+    folder = ROOT / "plugins" / name
+    assert (folder / "README.md").exists()
+    assert (folder / "tests").exists()
+    points = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["entry-points"]["kernelm.plugins"]
+    assert points == {p.parent.name: f"kernelm_{name}.{p.parent.name}" for p in folder.glob("kernelm_*/*/kernelm-plugin.toml")}
+    for point in points:
+        for part in ("kernelm-plugin.toml", "__init__.py", "plugin.py"):
+            assert (folder / f"kernelm_{name}" / point / part).exists(), f"{point} has no {part}"
 
 
 def test_nothing_of_one_machine_is_committed() -> None:

@@ -28,7 +28,7 @@ from kernelm_sdk.system import Dispatch
 DEFAULT_TIMEOUT_S = 30.0
 SETTLE_S = 0.1  # a message that the broker matched before a subscription was there may be on its way for so long; the broker
 # tries the next member of a queue group for it, and drops it where there is none
-SHUT_OUT = 10  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
+SHUT_OUT = 5  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
 
@@ -39,6 +39,7 @@ class Bus(Storage):
         super().__init__()
         self.user, self.boot = user, secrets.token_hex(16)  # of events, which are numbered per source and boot
         self.reconnected: list[Callable[[], Awaitable[None]]] = []
+        self.ended = asyncio.Event()  # `closed`, for those who wait for it
         self._url, self._tls = url, tls
         self._link: Link
         self._client: Any  # of the link, as is
@@ -76,6 +77,8 @@ class Bus(Storage):
 
         async def on_closed() -> None:  # for good: what was asked meanwhile would wait for nothing
             self._lost(link, "the connection to the broker is closed")
+            if getattr(self, "_link", None) is link:
+                self.ended.set()
 
         async def on_reconnect() -> None:
             for callback in self.reconnected if link is self._link else ():

@@ -3,11 +3,12 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
+from kernelm_sdk.batches import Message, store
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.events import Event, Received, envelope, received
 from kernelm_sdk.serving import encode
@@ -143,6 +144,11 @@ class Bucket(Generic[T]):
         if ttl_s:
             headers["Nats-TTL"] = str(ttl_s)
         return await self._bus.append(f"$KV.{self._name}.{key}", encode(record), headers, patience_s)
+
+    async def put_all(self, records: Sequence[tuple[str, T, int]]) -> list[int]:
+        """As `put` for several keys (key, record, revision), all of them or none; faults as of `batches.store`."""
+        return await store(self._bus, [Message(f"$KV.{self._name}.{key}", encode(record), revision)
+                                       for key, record, revision in records])  # fmt: skip
 
     async def delete(self, key: str, revision: int = -1) -> None:
         headers = {"KV-Operation": "DEL"}

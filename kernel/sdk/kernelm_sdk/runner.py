@@ -135,7 +135,9 @@ class Member:
                     self.stopping.set()
                     return
                 os._exit(3)  # a worker thread may be busy for long; nothing of it may count any more
-            await asyncio.sleep(min(ttl_s / 3, max(due - time.time(), 0.2)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(ttl_s / 3, max(due - time.time(), 0.2))):
+                    await self.bus.ended.wait()
 
     # ---- jobs ----
 
@@ -152,7 +154,7 @@ class Member:
                 raise ClientFault("busy", f"{self.name} has {len(self.jobs)} of {self.max_jobs} jobs", retriable=True)
             try:
                 request = msgspec.json.decode(dispatch.request, type=method.request)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 what = f"{method.contract.id()}.{method.name}"
                 raise ClientFault("invalid", f"{what}: {error}", "correct the stage's `with`") from None
             job = Job(self.implementation.context, call.caller, dispatch.job, dispatch.epoch, dispatch.attempt,

@@ -85,7 +85,7 @@ class Served:
                 raise KernelFault("timeout", f"{name}: the caller's deadline has passed", retriable=True)
             try:
                 request = decoder.decode(msg.data)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise invalid(f"{name}: the request", error) from None
             call = self._make_call(caller, model, msg.headers)
             if method.kind == "streamed":

@@ -29,6 +29,9 @@ class JobSpec(Struct, frozen=True):
     attempts: int = 3  # after as many failures it is dead
     parent: str = ""  # the job that submitted it: cancelled with it
     run: str = ""
+    preemptible: bool = False  # burst: it may be stopped, at a checkpoint, for any other
+    deadline: float = 0.0  # Unix seconds; 0 for none
+    estimate_s: float = 0.0  # run time, where it is known; 0 for not known
 
 
 class JobRecord(Struct, frozen=True):
@@ -52,6 +55,9 @@ class JobRecord(Struct, frozen=True):
     heard: float = 0.0  # last progress
     why: str = ""  # the scheduler's or the system's last reason
     reused: bool = False
+    checkpointed: float = 0.0  # when the last checkpoint was made
+    stopping: float = 0.0  # since when it is to make room at its next checkpoint; 0 for not
+    preemptions: int = 0  # how often it has made room
 
 
 class StageSpec(Struct, frozen=True, forbid_unknown_fields=True, rename={"with_": "with"}):
@@ -63,6 +69,9 @@ class StageSpec(Struct, frozen=True, forbid_unknown_fields=True, rename={"with_"
     plugin: str = ""
     resources: Resources = Resources()
     attempts: int = 3
+    preemptible: bool = False  # this and the next two as in `JobSpec`
+    deadline: float = 0.0
+    estimate_s: float = 0.0
 
 
 class RunSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,12 +100,20 @@ DEPLOY = "deploy"  # what such a stage `uses`: it is no job method, the job tabl
 
 
 class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """`with` of a deploy stage: a replica that the scheduler places like any job, and that keeps its resources."""
+    """`with` of a deploy stage: a replica that the scheduler places like any job, and that keeps its resources. The bounds say
+    when the kernel goes back to the model before by itself; without `watch_s` the new one takes over at once, for good."""
 
     name: str  # of the deployment: clients call model.<name>.<method>
     model: str  # digest
     plugin: str = "encoder"  # the server plugin that runs it
     instances: int = 1
+    canary: int = 0  # percent of the calls while it is watched; 0 for all
+    watch_s: float = 0.0  # how long it is watched before the model before it is stopped
+    error_rate: float = 0.01  # share of calls that may fail, beyond that of the model before
+    latency_ratio: float = 2.0  # p99 over that of the model before
+    latency_ms: float = 20.0  # p99 up to here is never too slow
+    min_calls: int = 20  # before any judgement
+    why: str = ""  # for the record
 
 
 class Deployed(Struct, frozen=True):
@@ -108,17 +125,37 @@ class Deployed(Struct, frozen=True):
     pool: str
 
 
+class PastDeployment(Struct, frozen=True):
+    """What answered under a name before."""
+
+    generation: int
+    artifact: str  # digest
+    pool: str
+    plugin: str
+    until: float  # Unix seconds
+
+
 class Deployment(Struct, frozen=True):
-    """The record in KV `deployments` under `model.<name>`: what answers under the name now."""
+    """The record in KV `deployments` under `model.<name>`: what answers under the name now, and what did before."""
 
     name: str
-    generation: int
+    generation: int  # never used twice for a name, not even after one that went back
     artifact: str  # digest
     pool: str
     plugin: str
     job: str  # the replica: it holds the resources
     run: str = ""
     when: float = 0.0  # Unix seconds
+    history: tuple[PastDeployment, ...] = ()  # the newest first
+
+
+class RollbackDeployment(Struct, frozen=True):
+    """Deploy the artifact that answered before the present one, as a new generation."""
+
+    name: str
+    canary: int = 0  # these as in `DeployRequest`
+    watch_s: float = 0.0
+    why: str = ""
 
 
 class RunName(Struct, frozen=True):
@@ -127,6 +164,26 @@ class RunName(Struct, frozen=True):
 
 class JobName(Struct, frozen=True):
     id: str
+
+
+class Outlook(Struct, frozen=True):
+    """What the scheduler says to a job now, and what would start it."""
+
+    job: str
+    name: str
+    state: str  # of the job; "planned" for one that was not submitted
+    action: str = ""  # of the scheduler: place, wait, reject; "" where it isn't asked
+    node: str = ""
+    reason: str = ""
+    remedy: str = ""  # what would start it
+    starts: float = 0.0  # when it starts, by the estimates that there are; 0 for not known
+    ahead: int = 0  # waiting jobs that the scheduler takes before it
+
+
+class Plan(Struct, frozen=True):
+    """A stage that needs the result of another one is seen as if that was there already."""
+
+    stages: tuple[Outlook, ...]
 
 
 class JobQuery(Struct, frozen=True):
@@ -209,3 +266,18 @@ class Jobs(Contract, name="jobs", major=1):
 
     @unary
     async def cancel(self, request: JobName, call: Any) -> JobRecord: ...
+
+    @unary
+    async def why(self, request: JobName, call: Any) -> Outlook:
+        """Why a job waits and what would start it, asked of the scheduler now."""
+        ...
+
+    @unary
+    async def plan(self, request: RunSpec, call: Any) -> Plan:
+        """When and where the stages of a run would start if it were submitted now. Nothing is changed."""
+        ...
+
+    @unary
+    async def rollback(self, request: RollbackDeployment, call: Any) -> JobRecord:
+        """A replica that brings back the model that a deployment served before."""
+        ...

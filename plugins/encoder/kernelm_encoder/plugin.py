@@ -92,7 +92,8 @@ class EncoderPlugin(Plugin, Server):
         if served.generation < request.at_least:
             raise ClientFault("stale_generation", f"model {served.name!r} is at generation {served.generation} in pool "
                               f"{self.context.pool!r}, older than `at_least` {request.at_least}", "call again: the "
-                              "route may be on its way", retriable=True, generation=served.generation)  # fmt: skip
+                              "route may be on its way", retriable=True, generation=served.generation,
+                              pool=self.context.pool)  # fmt: skip
         for row, text in enumerate(request.input):
             if not text.strip():
                 raise ClientFault("invalid", f"`input[{row}]` is blank", "leave it out")

@@ -115,7 +115,7 @@ async def test_bad_requests_are_refused(serving: Serving, tfidf: Any) -> None:
         assert "`top`" in (await refused(plugin.classify(ClassifyRequest(("a",), top=-1), CALL), "invalid")).message
         stale = await refused(plugin.classify(ClassifyRequest(("a",), at_least=4), CALL), "stale_generation")
         assert stale.retriable
-        assert stale.details == {"generation": 3}
+        assert stale.details == {"generation": 3, "pool": plugin.context.pool}
         await refused(plugin.classify(ClassifyRequest(("a",), model="mail"), Call("tester")), "unknown_model")
         await refused(plugin.classify(ClassifyRequest(("a",)), Call("tester", "mail")), "unknown_model")
         await refused(plugin.classify(ClassifyRequest(("a",) * 1000), CALL), "too_large")

@@ -2,16 +2,36 @@
 
 from typing import Any
 
-from kernelm_contracts.scheduler import ClusterState, Decisions, Scheduler
+from kernelm_contracts.scheduler import ClusterDelta, ClusterState, Decisions, Scheduler
 from kernelm_scheduler import policy
+from kernelm_scheduler.index import Index
 from kernelm_scheduler.settings import Settings
-from kernelm_sdk.plugin import Plugin
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.plugin import Context, Plugin
 
 
 class SchedulerPlugin(Plugin, Scheduler):
-    """Stateless: any number of instances may answer, and each gives the same decisions."""
+    """Any number of instances may answer, and each gives the same decisions: what is kept between calls is a cache of what the
+    caller said, by its name and version."""
 
     Settings = Settings
 
+    def __init__(self, context: Context, settings: Settings) -> None:
+        super().__init__(context, settings)
+        self._kept: dict[str, tuple[Index, dict[str, policy.Answer]]] = {}  # source -> its state, the last answers to who waits
+
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
         return policy.decide(request, self.settings)
+
+    async def update(self, request: ClusterDelta, call: Any) -> Decisions:
+        if request.base == 0:
+            self._kept[request.source] = Index(self.settings), {}
+        index, answered = self._kept.get(request.source, (None, {}))
+        if index is None or index.version != request.base:
+            known = f"version {index.version}" if index else "nothing"
+            raise ClientFault("need_snapshot", f"of {request.source!r} this instance knows {known}, not version {request.base}",
+                              "send a snapshot: a delta with base 0")  # fmt: skip
+        index.apply(request)
+        if request.more:
+            return Decisions(index.version, ())
+        return policy.news(index, answered)

@@ -1,207 +1,327 @@
-"""The scheduling policy: a pure function from a `ClusterState` and `Settings` to one decision for every pending job.
+"""The scheduling policy: a pure function from a `ClusterState` and `Settings` to decisions.
 
-Jobs are taken in the order of their priority, aged by their wait (`order`). For each: filter the nodes that can run it
-now, score those that are left, place it on the best, and go on with what remains. Two things keep jobs from starving:
-aging (a job that waits overtakes younger ones of higher priority) and reservations (what an old job waits for is
-withheld from those behind it; without that, small jobs would slip past a large one for ever).
-Terms after the Kubernetes scheduling framework (filter, score) and Slurm's multifactor priority (age).
+One round: served models get the replicas that their load needs; waiting jobs are taken in their order, those within their
+tenant's nominal quota before those that borrow, and placed where they score best; the first ones that find no room are helped by
+what may be taken from others, and else get a reservation; what is left over makes elastic jobs faster.
+Filter and score after the Kubernetes scheduling framework, age after Slurm's multifactor priority, quotas after Kueue.
 """
 
-from collections.abc import Iterable
+from heapq import heapify, heappop, heapreplace
 
-from msgspec import Struct
-
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, NodeState, PendingJob
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, ModelState, PendingJob, PlacedJob, Share
+from kernelm_scheduler.amounts import allocation_of, amount_of, duration, size, words
+from kernelm_scheduler.backfill import Reservations
+from kernelm_scheduler.elastic import Growing
+from kernelm_scheduler.explain import impossible, waits
+from kernelm_scheduler.index import Ask, Entry, Index
+from kernelm_scheduler.ordering import effective, too_late, urgent
+from kernelm_scheduler.preemption import Offers, Piece, free_for, movable, without
+from kernelm_scheduler.quotas import Ledger
+from kernelm_scheduler.room import Found, Room
+from kernelm_scheduler.serving import wanted
 from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
 
-CPU_TOLERANCE = 1e-6  # cores; sums of decimal fractions are not exact
-NODES_SHOWN = 3  # in the reason of a job that waits
-
-
-class Room:
-    """What is left while a round goes on: of every node, of its plugins' slots, of every tenant's quota."""
-
-    def __init__(self, state: ClusterState) -> None:
-        self.free = {node.name: node.free for node in state.nodes}
-        self.slots = {node.name: dict(node.plugins) for node in state.nodes}
-        self.quotas = dict(state.quotas)
-        self.jobs: dict[str, dict[str, int]] = {}  # tenant -> node -> jobs there
-        for job in state.placed:
-            self._count(job.tenant, job.node)
-            if job.tenant in self.quotas:
-                self.quotas[job.tenant] = minus(self.quotas[job.tenant], job.request)
-
-    def place(self, job: PendingJob, node: str, plugin: str) -> None:
-        """Take what `job` asks for."""
-        self.slots[node][plugin] -= 1
-        self._count(job.tenant, node)
-        self.reserve(job, node)
-        self.reserve_quota(job)
-
-    def reserve(self, job: PendingJob, node: str) -> None:
-        """Withhold from later jobs what `job` waits for on `node`; what is left may be negative, which fits nobody."""
-        self.free[node] = minus(self.free[node], job.request)
-
-    def reserve_quota(self, job: PendingJob) -> None:
-        if job.tenant in self.quotas:
-            self.quotas[job.tenant] = minus(self.quotas[job.tenant], job.request)
-
-    def _count(self, tenant: str, node: str) -> None:
-        nodes = self.jobs.setdefault(tenant, {})
-        nodes[node] = nodes.get(node, 0) + 1
-
-
-class Score(Struct, frozen=True):
-    """The terms of a node's score, each between 0 and 1, and their weighted mean."""
-
-    packing: float
-    locality: float
-    spread: float
-    total: float
+Blocked = tuple[str, str]  # why, and what would help
+Answer = tuple[Blocked, bool]  # to a waiting job, and whether its start is known
 
 
 def decide(state: ClusterState, settings: Settings) -> Decisions:
-    """One decision for every pending job, in the order in which they were taken."""
-    room = Room(state)
-    return Decisions(state.version, tuple(_decide(job, state, room, settings) for job in order(state, settings)))
+    """One decision for every pending job, and those on placed jobs and models, in the order in which they are carried out."""
+    return decided(Index.of(state, settings))
+
+
+def decided(index: Index) -> Decisions:
+    """As `decide`, on a state that is kept."""
+    round = Round(index)
+    round.run()
+    waiting = [round.waiting(job, blocked) for job, blocked in round.waits]
+    return Decisions(index.version, (*round.first, *round.made, *waiting, *round.last))
+
+
+def news(index: Index, answered: dict[str, Answer]) -> Decisions:
+    """As `decided`, without the waits that are as in the last answer (`answered`, which is brought up to date)."""
+    round = Round(index)
+    round.run()
+    fresh: list[Decision] = []
+    now: dict[str, Answer] = {}
+    for job, blocked in round.waits:
+        answer = (blocked, job.id in round.reserved)
+        now[job.id] = answer
+        if answered.get(job.id) != answer:
+            fresh.append(round.waiting(job, blocked))
+    answered.clear()
+    answered.update(now)
+    return Decisions(index.version, (*round.first, *round.made, *fresh, *round.last))
 
 
 def order(state: ClusterState, settings: Settings) -> list[PendingJob]:
-    """Highest aged priority first. The wait is added to the priority in units of `aging_s`, so a newcomer overtakes only
-    those that have waited less than its lead in priority is worth, and nobody is overtaken for ever."""
-
-    def rank(job: PendingJob) -> tuple[float, float, str]:
-        return (-(job.priority + _waited(job, state) / settings.aging_s), job.submitted, job.id)
-
-    return sorted(state.pending, key=rank)
+    """The pending jobs in the order in which they are taken."""
+    return sorted(state.pending, key=lambda job: effective(job, state.now, settings))
 
 
-def _waited(job: PendingJob, state: ClusterState) -> float:
-    return max(0.0, state.now - job.submitted)
+class Round:
+    """One round; `run` from top to bottom."""
 
+    def __init__(self, index: Index) -> None:
+        self.index, self.settings, self.now = index, index.settings, index.now
+        self.room = Room(index)
+        self.ledger = Ledger(index.quotas, index.tenants, index.held)
+        self.first: list[Decision] = []  # what frees room
+        self.made: list[Decision] = []  # on waiting jobs, in the order in which they were taken
+        self.last: list[Decision] = []  # what takes what is left over
+        self.changed: dict[str, tuple[Share, ...]] = {}  # placed job -> its new allocation; () for stopped
+        self.placed: list[tuple[int, PendingJob, tuple[Share, ...], str]] = []  # index in `made`, job, where, plugin
+        self.waits: list[tuple[PendingJob, Blocked]] = []
+        self.reservations = Reservations(index, self.room, self.changed)
+        self.helped = 0
+        self._offers: Offers | None = None
+        self._over = False  # no more help, no more reservations in this round
+        self._dead: dict[Ask, Blocked] = {}  # class -> what is in the way of all of it
+        self._dead_short: dict[Ask, Blocked] = {}  # the same for jobs that end before the first reservation
+        self._full: dict[Ask, Blocked] = {}  # class -> what its quota is short of
+        self._beyond: set[Ask] = set()  # classes that would borrow
+        self._done: set[str] = set()  # jobs that were helped to a place
+        self.reserved: dict[str, float] = {}  # waiting job with a reservation -> when it starts, 0 for not known
 
-def _decide(job: PendingJob, state: ClusterState, room: Room, settings: Settings) -> Decision:
-    if never := impossible(job, state):
-        return Decision(job.id, "reject", reason=never)
-    if not state.nodes:
-        return Decision(job.id, "wait", reason="waits: no node has reported")
-    old = _waited(job, state) >= settings.reserve_after_s
-    left = room.quotas.get(job.tenant)
-    if left is not None and (short := shortage(job.request, left, f"the quota of tenant {job.tenant}")):
-        if old:
-            room.reserve_quota(job)
-        return Decision(job.id, "wait", reason=f"waits: {short} left")
-    candidates = candidates_for(job, state)
-    obstacles = [obstacle(job, node, room) for node in candidates]
-    fitting = [node for node, why in zip(candidates, obstacles, strict=True) if not why]
-    if not fitting:
-        if old:
-            room.reserve(job, _soonest(job, candidates, room).name)
-        return Decision(job.id, "wait", reason="waits: " + _listed(obstacles))
-    scores = {node.name: score(job, node, room, settings) for node in fitting}
-    name = min(scores, key=lambda n: (-scores[n].total, n))
-    plugin = next(p for p in job.plugins if room.slots[name].get(p, 0) > 0)
-    best = scores[name]
-    reason = (f"{plugin} on {name}, which has {amount(room.free[name])} free; packing {best.packing:.2f}, "
-              f"locality {best.locality:.2f}, spread {best.spread:.2f}")  # fmt: skip
-    room.place(job, name, plugin)
-    return Decision(job.id, "place", name, plugin, reason, round(best.total, 4))
+    def run(self) -> None:
+        for _, model in sorted(self.index.models.items(), key=lambda entry: (-entry[1].priority, entry[0])):
+            if "scale" in self.index.actions:
+                self._scale(model)
+        self._borrowing(self._within_nominal())
+        if "resize" in self.index.actions:
+            self._grow()
+        if "migrate" in self.index.actions:
+            self._move()
 
+    # ---- in order ----
 
-# ---- filter ------------------------------------------------------------------------------------------------------
+    def _in_order(self) -> list[Entry]:
+        pending, entries = self.index.pending, self.index.order
+        late = {id for id in self.index.deadlines if urgent(pending[id], self.now, self.settings)}
+        if not late:
+            return entries
+        return sorted((*effective(e[3], self.now, self.settings), *e[3:]) if e[2] in late else e for e in entries)
 
+    def _within_nominal(self) -> list[Entry]:
+        """Take the jobs whose tenant stays within its nominal quota; the others, in order."""
+        others: list[Entry] = []
+        tenants, beyond = self.ledger.tenants, self._beyond
+        for entry in self._in_order():
+            ask = entry[4]
+            if ask in beyond:
+                others.append(entry)
+                continue
+            more = ask.tenant in tenants and self.ledger.borrows(ask.tenant, ask.whole)
+            if more and not impossible(ask, self.index, self.ledger):
+                beyond.add(ask)
+                others.append(entry)
+            else:
+                self._take(entry)
+        return others
 
-def impossible(job: PendingJob, state: ClusterState) -> str:
-    """Why the job can never run on these nodes under this quota, however long it waits; "" if it may."""
-    request = job.request
-    if request.cpu < 0 or request.memory_mb < 0 or request.gpus < 0:
-        return f"asks for a negative amount: {amount(request)}, {request.gpus} GPUs"
-    if (quota := state.quotas.get(job.tenant)) and (short := shortage(request, quota, f"the quota of tenant {job.tenant}")):
-        return f"can never run: {short} in all"
-    obstacles = [f"{short} in all" for n in state.nodes if (short := shortage(request, n.capacity, f"node {n.name}"))]
-    if state.nodes and len(obstacles) == len(state.nodes):
-        return "can never run: " + _listed(obstacles)
-    return ""
+    def _borrowing(self, entries: list[Entry]) -> None:
+        """Take jobs that borrow: always the next of the tenant with the smallest share over its weight."""
+        queues: dict[str, list[Entry]] = {}
+        for entry in reversed(entries):
+            queues.setdefault(entry[4].tenant, []).append(entry)
+        heap = [(self.ledger.share(tenant), tenant) for tenant in queues]
+        heapify(heap)
+        while heap:
+            share, tenant = heap[0]
+            if (now := self.ledger.share(tenant)) != share:  # it has taken something since, or something was taken from it
+                heapreplace(heap, (now, tenant))
+                continue
+            queue = queues[tenant]
+            while queue and not self._take(queue.pop()):
+                pass
+            if not queue:
+                heappop(heap)
 
+    def _take(self, entry: Entry) -> bool:
+        """Place, reject, or make wait; whether it is placed."""
+        _, _, _, job, ask, left = entry
+        short = 0 < left <= self.reservations.until - self.now
+        blocked = self._full.get(ask) or (self._dead_short if short else self._dead).get(ask)
+        if blocked is not None:
+            if self._over or not self._late(job, ask):  # nothing can be done for it: the way of nearly all, in a long queue
+                self.waits.append((job, blocked))
+                return False
+        elif never := impossible(ask, self.index, self.ledger):
+            self.made.append(Decision(job.id, "reject", reason=never))
+            return False
+        elif lacking := self.ledger.shortage(job.tenant, ask.whole):
+            blocked = self._full[ask] = f"waits: {lacking}", f"jobs of tenant {job.tenant} end, or a larger quota"
+            if not self._help(job, ask) and self.now - job.submitted >= self.settings.reserve_after_s:
+                self.ledger.withhold(job.tenant, ask.whole)
+        elif found := self.room.find(ask, job.artifacts, short):
+            self._place(job, ask, found, short)
+            return True
+        else:
+            blocked = (self._dead_short if short else self._dead)[ask] = waits(job, ask, self.index, self.room)
+            self._late(job, ask)
+        if job.id in self._done:
+            return True
+        self._wait(job, blocked)
+        return False
 
-def candidates_for(job: PendingJob, state: ClusterState) -> list[NodeState]:
-    """Nodes whose capacity suffices, by name; without those to avoid, unless no others are left: then a node on which the
-    job has failed is better than none."""
-    able = sorted((n for n in state.nodes if not shortage(job.request, n.capacity)), key=lambda n: n.name)
-    return [n for n in able if n.name not in job.avoid and set(job.plugins) & set(n.plugins)] or able
+    def _late(self, job: PendingJob, ask: Ask) -> bool:
+        """Help one of the first jobs that find no room, or reserve for it; whether that was tried."""
+        if ask in self._full:
+            return False
+        if self._help(job, ask):
+            return True
+        first = self.reservations.count == 0
+        if self.reservations.full or not (first or self.now - job.submitted >= self.settings.reserve_after_s):
+            self._over = self.reservations.full and not self._may_help
+            return False
+        self.reserved[job.id] = self.reservations.reserve(job, ask)
+        return True
 
+    @property
+    def _may_help(self) -> bool:
+        return self.helped < self.settings.preemption.heads and bool(self.index.actions & {"preempt", "resize"})
 
-def obstacle(job: PendingJob, node: NodeState, room: Room) -> str:
-    """Why the job can't start on `node` now; "" if it can."""
-    if not any(plugin in node.plugins for plugin in job.plugins):
-        return f"no plugin of {' or '.join(job.plugins) or 'any name'} is ready on node {node.name}"
-    if not any(room.slots[node.name].get(plugin, 0) > 0 for plugin in job.plugins):
-        return f"every instance of {' or '.join(job.plugins)} on node {node.name} is at work"
-    short = shortage(job.request, room.free[node.name], f"node {node.name}")
-    return f"{short} free" if short else ""
+    def _wait(self, job: PendingJob, blocked: Blocked) -> None:
+        self.waits.append((job, blocked))
 
+    def _place(self, job: PendingJob, ask: Ask, found: Found, short: bool = False, why: str = "") -> None:
+        row = found.rows[0][0]
+        score = self.room.score(ask, found, job.artifacts)
+        node, free = self.index.names[row], [float(x) for x in self.room.free[row, :3]]
+        if ask.members == 1:
+            reason = (f"{found.plugin} on {node}, which has {words(Resources(free[0], int(free[1]), int(free[2])))} free; packing "
+                      f"{score.packing:.2f}, locality {score.locality:.2f}, spread {score.spread:.2f}")  # fmt: skip
+        else:
+            reason = f"{found.plugin}, {ask.members} members on {len(found.rows)} nodes"
+        shares = self.room.take(ask, found, short)
+        self.ledger.take(job.tenant, ask.whole)
+        self.reservations.started(job, shares)
+        plain = ask.members == 1 and not shares[0].type
+        self.placed.append((len(self.made), job, shares, found.plugin))
+        allocation = () if plain else shares
+        self.made.append(Decision(job.id, "place", node, found.plugin, reason + why, round(found.score, 4), allocation))
 
-def _soonest(job: PendingJob, candidates: list[NodeState], room: Room) -> NodeState:
-    """The node that lacks the least for the job, as a share of its capacity: where it is likely to start first."""
+    def waiting(self, job: PendingJob, blocked: Blocked) -> Decision:
+        reason = blocked[0] + too_late(job, self.now)
+        return Decision(job.id, "wait", reason=reason, starts=self.reserved.get(job.id, 0.0), remedy=blocked[1])
 
-    def lack(node: NodeState) -> tuple[float, str]:
-        left, capacity = minus(room.free[node.name], job.request), node.capacity
-        missing = [max(0.0, -have) / of for have, of in zip(_dimensions(left), _dimensions(capacity), strict=True) if of > 0]
-        return sum(missing), node.name
+    # ---- taking from others ----
 
-    return min(candidates, key=lack)
+    def _help(self, job: PendingJob, ask: Ask) -> bool:
+        """Make room for one of the first that find none; whether it is placed."""
+        if not self._may_help:
+            return False
+        self.helped += 1
+        if self._comes_free(ask, job):
+            return False
+        freed = free_for(job, ask, self._offered, self.room, self.ledger, self.changed)
+        if freed is None:
+            return False
+        self._record(freed.pieces, f"for {job.name or job.id}")
+        for known in (self._dead, self._dead_short, self._full):  # there may be room beside it
+            known.clear()
+        self.reservations.changed()
+        self._place(job, ask, freed.found, why=f"; room from {len({p.job.id for p in freed.pieces})} others")
+        self._done.add(job.id)
+        return True
 
+    @property
+    def _offered(self) -> Offers:
+        if self._offers is None:
+            self._offers = Offers(self.index)
+        return self._offers
 
-# ---- score -------------------------------------------------------------------------------------------------------
+    def _comes_free(self, ask: Ask, job: PendingJob) -> bool:
+        """Whether what is being stopped already makes room enough."""
+        leaving = [p for _, p in sorted(self.index.placed.items()) if p.leaving]
+        for victim in leaving:
+            self.room.release(victim)
+            self.ledger.give(victim.tenant, amount_of(victim.request, size(allocation_of(victim))))
+        allowed = bool(leaving) and not self.ledger.shortage(job.tenant, ask.whole)
+        enough = allowed and self.room.find(ask, job.artifacts) is not None
+        for victim in leaving:
+            self.room.release(victim, -1.0)
+            self.ledger.take(victim.tenant, amount_of(victim.request, size(allocation_of(victim))))
+        return enough
 
+    def _record(self, pieces: tuple[Piece, ...], whom: str) -> None:
+        """Decisions for what was taken: stop, or shrink."""
+        for id in dict.fromkeys(piece.job.id for piece in pieces):
+            mine = [piece for piece in pieces if piece.job.id == id]
+            job, plugin = mine[0].job, mine[0].job.plugins[0] if mine[0].job.plugins else ""
+            if any(piece.whole for piece in mine):
+                self.changed[id] = ()
+                why = next(piece.why for piece in mine if piece.whole)
+                self.first.append(Decision(id, "preempt", job.node, plugin, f"stopped {whom}: {why}"))
+            else:
+                shares = without(allocation_of(job), (s for piece in mine for s in piece.shares))
+                self.changed[id] = shares
+                reason = f"shrinks to {size(shares)} members {whom}: {mine[0].why}"
+                self.first.append(Decision(id, "resize", shares[0].node, plugin, reason, 0.0, shares))
 
-def score(job: PendingJob, node: NodeState, room: Room, settings: Settings) -> Score:
-    """How good `node` is for `job`, among nodes on which it fits."""
-    left = _dimensions(minus(room.free[node.name], job.request))
-    unused = [have / of for have, of in zip(left, _dimensions(node.capacity), strict=True) if of > 0]
-    packing = 1.0 - sum(unused) / len(unused) if unused else 1.0
-    locality = len(set(job.artifacts) & set(node.artifacts)) / len(set(job.artifacts)) if job.artifacts else 0.0
-    jobs = room.jobs.get(job.tenant, {})
-    spread = 1.0 - jobs.get(node.name, 0) / sum(jobs.values()) if jobs else 1.0
-    weights = settings.weights
-    weighted = weights.packing * packing + weights.locality * locality + weights.spread * spread
-    weight = weights.packing + weights.locality + weights.spread
-    return Score(packing, locality, spread, weighted / weight if weight else 0.0)
+    # ---- models ----
 
+    def _scale(self, model: ModelState) -> None:
+        count, why = wanted(model, self.now, self.settings.serving)
+        if not why:
+            return
+        shares = {(s.node, s.type): s.members for s in model.allocation}
+        plugin = model.plugins[0] if model.plugins else ""
+        for _ in range(model.replicas - count):  # from the fullest nodes first: what is left stays spread
+            at = max(shares, key=lambda key: (shares[key], key))
+            shares[at] -= 1
+            self.room.give(model.request, (Share(at[0], 1, at[1]),), plugin)
+            self.ledger.give(model.tenant, amount_of(model.request))
+        probe = PendingJob(f"model {model.name}", model.name, model.request, model.plugins, model.priority, model.tenant)
+        ask, added = Ask(model.request, model.plugins, model.tenant, 1, (model.type,) if model.type else ()), 0
+        for _ in range(count - model.replicas):
+            found = None
+            if not self.ledger.shortage(model.tenant, ask.whole):
+                found = self.room.find(ask, (model.artifact,) if model.artifact else ())
+            if found is None and self.index.actions & {"preempt", "resize"}:
+                freed = free_for(probe, ask, self._offered, self.room, self.ledger, self.changed)
+                if freed is not None:
+                    self._record(freed.pieces, f"for a replica of {model.name}")
+                    found = freed.found
+            if found is None:
+                break
+            share = self.room.take(ask, found)[0]
+            self.ledger.take(model.tenant, ask.whole)
+            shares[share.node, share.type] = shares.get((share.node, share.type), 0) + 1
+            plugin, added = found.plugin, added + 1
+        if count > model.replicas and not added:
+            return
+        allocation = tuple(Share(node, n, type) for (node, type), n in shares.items() if n > 0)
+        node = allocation[0].node if allocation else ""
+        short = f", {count - size(allocation)} more find no room" if size(allocation) < count else ""
+        self.first.append(Decision(model.name, "scale", node, plugin, why + short, 0.0, allocation))
 
-# ---- resources ---------------------------------------------------------------------------------------------------
+    # ---- what is left over ----
 
+    def _resting(self) -> list[PlacedJob]:
+        rest_s = self.settings.elastic.rest_s
+        placed = [p for id, p in sorted(self.index.placed.items()) if p.speeds and id not in self.changed]
+        return [p for p in placed if movable(self.index, p, rest_s)]
 
-def minus(a: Resources, b: Resources) -> Resources:
-    return Resources(a.cpu - b.cpu, a.memory_mb - b.memory_mb, a.gpus - b.gpus)
+    def _grow(self) -> None:
+        new = {job.id: (at, job, shares, plugin) for at, job, shares, plugin in self.placed}
+        running = [(p, allocation_of(p), p.plugins[0] if p.plugins else "") for p in self._resting() if p.most > p.members]
+        started = [(job, shares, plugin) for _, job, shares, plugin in new.values() if job.most > job.members]
+        for id, grown in Growing(self.index, self.room, self.ledger).grow([*started, *running]).items():
+            count = size(grown.shares)
+            if id in new:
+                at, old = new[id][0], self.made[new[id][0]]
+                self.made[at] = Decision(id, "place", grown.shares[0].node, old.plugin, f"{old.reason}; {count} members", old.score,
+                                         grown.shares)  # fmt: skip
+            else:
+                self.changed[id] = grown.shares
+                plugin = next(iter(self.index.placed[id].plugins), "")
+                reason = f"grows to {count} members: ends {duration(grown.saved_s)} earlier"
+                self.last.append(Decision(id, "resize", grown.shares[0].node, plugin, reason, 0.0, grown.shares))
 
-
-def shortage(request: Resources, room: Resources, whose: str = "") -> str:
-    """The first thing that is too little, as "needs 2 cores, node local has 0.9"; "" if the request fits."""
-    if request.cpu > room.cpu + CPU_TOLERANCE:
-        return f"needs {_cores(request.cpu)}, {whose} has {max(room.cpu, 0.0):.3g}"
-    if request.memory_mb > room.memory_mb:
-        return f"needs {request.memory_mb} MiB, {whose} has {max(room.memory_mb, 0)}"
-    if request.gpus > room.gpus:
-        return f"needs {request.gpus} GPUs, {whose} has {max(room.gpus, 0)}"
-    return ""
-
-
-def amount(resources: Resources) -> str:
-    """For people: "1.5 cores and 2048 MiB"."""
-    return f"{_cores(resources.cpu)} and {resources.memory_mb} MiB"
-
-
-def _cores(cpu: float) -> str:
-    return f"{cpu:.3g} core{'' if cpu == 1 else 's'}"
-
-
-def _dimensions(resources: Resources) -> tuple[float, float, float]:
-    return resources.cpu, float(resources.memory_mb), float(resources.gpus)
-
-
-def _listed(reasons: Iterable[str]) -> str:
-    shown = list(reasons)
-    more = len(shown) - NODES_SHOWN
-    return "; ".join(shown[:NODES_SHOWN]) + (f"; and {more} more nodes" if more > 0 else "")
+    def _move(self) -> None:
+        for id, moved in Growing(self.index, self.room, self.ledger).move(self._resting()).items():
+            plugin = next(iter(self.index.placed[id].plugins), "")
+            reason = f"to {moved.shares[0].type or 'other'} devices: ends {duration(moved.saved_s)} earlier"
+            self.last.append(Decision(id, "migrate", moved.shares[0].node, plugin, reason, 0.0, moved.shares))

@@ -104,7 +104,7 @@ class Store:
                 return min(kinds.values(), key=lambda a: a.created)
         aside = next(self._quarantine.glob(f"{name}-*"), None)
         remedy = f"a corrupt copy of it lies in {aside}: put it again" if aside else "put it first; is the digest right?"
-        raise ClientFault("not_found", f"artifact {digest} is not in the store", remedy)
+        raise ClientFault("not_found", f"artifact {digest} is not in the store", remedy, digest=digest)
 
     def find(self, kind: str = "", limit: int = 100) -> tuple[Artifact, ...]:
         """The latest `limit` artifacts of `kind` ("" for all kinds), newest first."""

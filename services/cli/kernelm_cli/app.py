@@ -10,16 +10,21 @@ from rich.console import Console
 
 from kernelm_cli import doctor, faults, jobs, keys, models, plugins, state, up
 from kernelm_cli.call import call
+from kernelm_cli.checking import check
 from kernelm_cli.dev import dev
 from kernelm_cli.run import run
+from kernelm_cli.scaffold import new
+from kernelm_cli.simulate import simulate
 
 app = App(
     name="kernelm", help="A microkernel operating system for language models.", version=lambda: version("kernelm-cli"),
     help_epilogue="KERNELM_HOME: the home. KERNELM_KEY: the API key. KERNELM_DEBUG=1: tracebacks.",
     error_console=Console(stderr=True),
 )  # fmt: skip
-for command in (up.up, up.down, run, state.ps, state.events, call, doctor.doctor):
+for command in (up.up, up.down, run, state.ps, state.events, call, doctor.doctor, simulate):
     app.command(command)
+plugins.app.command(new)
+plugins.app.command(check)
 plugins.app.command(dev)  # not there, since it builds upon the others
 for group in (jobs.app, plugins.app, models.app, keys.app):
     app.command(group)

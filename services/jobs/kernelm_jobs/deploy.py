@@ -1,36 +1,45 @@
-"""Deploying: a pool is started, awaited, routed to, recorded; then what served under the name before is stopped.
+"""Deploying: the kernel swaps the pool of the new model for that of the old one, and what came of it is put on record.
 
-Every step can be repeated, so a deployment that was interrupted by a crash goes on from its beginning. The order keeps
-the name answering throughout: the new pool is ready before the route moves, the old one stops after.
+The kernel carries out the swap (kernel/1.swap), and goes on with it when it is killed; this follows it. What is written before
+the swap is asked for (`Attempt`) names its pool, so a deployment that was interrupted by a crash finds its swap again.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import defaultdict
 
-from kernelm_contracts.jobs import Deployment, JobRecord, ModelDeployed
+from msgspec import structs
+
+from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec, ModelDeployed, RollbackDeployment
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deployment import (
-    DeployRequest,
-    has_ready,
+    Attempt,
+    follows,
     is_replica,
+    is_routed,
+    next_generation,
     outdated_pools,
     pool_of,
     pool_spec,
+    progress_of,
+    raise_if_over,
     request_of,
     result_of,
-    trouble,
+    swap_of,
+    swap_request,
 )
 from kernelm_jobs.states import HOLDING, advance, failed
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
-from kernelm_sdk.errors import ClientFault, Fault, PluginFault, from_body
-from kernelm_sdk.system import Destination, Kernel, PoolName, PoolSpec, Progress, Route, SystemState
+from kernelm_sdk.errors import ClientFault, Fault, FaultBody, PluginFault
+from kernelm_sdk.system import Kernel, PoolName, PoolSpec, Progress, RollbackRequest, Swap, SystemState
 
 log = logging.getLogger("kernelm.jobs")
 PATIENCE_S = 60.0  # for a kernel that restarts
+PENDING = ("starting", "watching")  # phases of a swap that can still go back
 
 
 class Deployer:
@@ -40,7 +49,7 @@ class Deployer:
         self._bus, self._table, self._cluster, self._deploy_s = bus, table, cluster, deploy_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._names: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._changed = asyncio.Event()  # an instance went to another state
+        self._changed = asyncio.Event()  # an instance went to another state, or a swap to another phase
 
     async def recover(self) -> None:
         """After a restart: go on with what was under way, finish what had moved, and check what should serve."""
@@ -65,7 +74,7 @@ class Deployer:
             log.error("deployment %s ended with a bug", id, exc_info=error)
 
     def changed(self) -> None:
-        """Look again at the pool that is awaited."""
+        """Look again at what is awaited."""
         self._changed.set()
 
     async def stop(self) -> None:
@@ -76,13 +85,32 @@ class Deployer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def abort(self, job: JobRecord) -> None:
-        """Stop deploying a cancelled replica, and its pool if that does not serve."""
+        """Turn the swap of a cancelled replica back, unless it has its calls for good."""
         if task := self._tasks.pop(job.id, None):
             task.cancel()
             await asyncio.wait([task])
-        request = request_of(job)
-        async with self._names[request.name]:
-            await self._stop_unserved(request)
+        async with self._names[request_of(job).name]:
+            await self._turn_back(job, f"job {job.id} was cancelled")
+
+    def before(self, request: RollbackDeployment) -> JobSpec:
+        """The job that brings back what a deployment served before; ClientFault if there is no such thing."""
+        now = self._table.deployments.get(request.name)
+        if now is None:
+            known = ", ".join(sorted(d.name for d in self._table.deployments.values())) or "none"
+            raise ClientFault("unknown_model", f"there is no deployment {request.name!r}", f"deployments: {known}")
+        past = next((p for p in now.history if (p.artifact, p.plugin) != (now.artifact, now.plugin)), None)
+        if past is None:
+            raise ClientFault("not_found", f"{now.name!r} has served no other model than its present one",
+                              "deploy one by a stage that uses \"deploy\"")  # fmt: skip
+        replica = self._table.jobs.need(now.job)
+        why = request.why or f"rollback of generation {now.generation} to the model of generation {past.generation}"
+        back = structs.replace(request_of(replica), model=past.artifact, plugin=past.plugin, canary=request.canary,
+                               watch_s=request.watch_s, why=why)  # fmt: skip
+        spec = replica.spec
+        return JobSpec(f"{now.name}-rollback", spec.uses, structs.asdict(back), spec.resources, spec.plugin, spec.tenant,
+                       spec.priority, spec.attempts)  # fmt: skip
+
+    # ---- a replica's life until it serves ----
 
     async def _run(self, job: JobRecord) -> None:
         request = request_of(job)
@@ -91,52 +119,94 @@ class Deployer:
                 await self._deploy(job, request)
             except Fault as fault:
                 log.warning("deployment of %s failed: %s", request.name, fault)
-                await self._fail(job, request, fault)
+                await self._fail(job, fault)
 
     async def _deploy(self, job: JobRecord, request: DeployRequest) -> None:
-        last = self._table.deployments.get(request.name)
-        generation = 1 if last is None else last.generation + (last.job != job.id)
-        spec = pool_spec(request, generation, job.node)
+        attempt = await self._attempt(job, request)
+        spec = pool_spec(request, attempt.generation, job.node)
         await self._table.move(job.id, lambda now: advance(_mine(now, job), "accept"))
-        await self._bus.call(Kernel.start_pool, spec, timeout_s=10.0, patience_s=PATIENCE_S)
-        await self._await_ready(job, spec)
-        route = Route(request.name, "model", (Destination(spec.pool, 100),), generation, request.model, f"deployed by {job.id}")
-        await self._bus.call(Kernel.set_route, route, timeout_s=10.0, patience_s=PATIENCE_S)
-        deployment = Deployment(request.name, generation, request.model, spec.pool, request.plugin, job.id, job.spec.run,
-                                time.time())  # fmt: skip
-        await self._record(deployment)
-        self._table.publish(ModelDeployed(model=request.name, generation=generation, artifact=request.model, pool=spec.pool))
-        why = f"answers as {request.name}, generation {generation}"
-        await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=result_of(deployment), why=why,
-                                                           progress=Progress(1.0, "serving")))  # fmt: skip
-        await self._retire(deployment, await self._cluster.system(PATIENCE_S))
+        await self._follow(job, request.name, await self._swap(job, request, spec, attempt.generation), PENDING)
+        deployment = await self._record(Deployment(request.name, attempt.generation, request.model, spec.pool, request.plugin,
+                                                   job.id, job.spec.run, time.time()))  # fmt: skip
+        self._table.publish(ModelDeployed(model=request.name, generation=attempt.generation, artifact=request.model,
+                                          pool=spec.pool))  # fmt: skip
+        why = f"answers as {request.name}, generation {attempt.generation}"
+        served = await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=result_of(deployment), why=why,
+                                                                    progress=Progress(1.0, "serving")))  # fmt: skip
+        await self._drained(spec.pool)
+        if served.state == "running":
+            await self._retire(deployment, await self._cluster.system(math.inf))
 
-    async def _await_ready(self, job: JobRecord, spec: PoolSpec) -> None:
-        """Until an instance of the pool is ready; PluginFault if the kernel gives up on it, or after `deploy_s`."""
-        until = time.monotonic() + self._deploy_s
+    async def _attempt(self, job: JobRecord, request: DeployRequest) -> Attempt:
+        """The generation that this job has in this attempt: on record before anything is begun with it."""
+        last = self._table.attempts.get(request.name)
+        if last is not None and (last.job, last.epoch) == (job.id, job.epoch):
+            return last
+        system = await self._cluster.system(math.inf)
+        generation = next_generation(request.name, self._table.deployments.get(request.name), last, system)
+        attempt = Attempt(request.name, generation, pool_of(request, generation), job.id, job.epoch)
+        if last is None:
+            await self._table.attempts.create(request.name, attempt)
+        else:
+            await self._table.attempts.update(request.name, lambda _: attempt)
+        return attempt
+
+    async def _swap(self, job: JobRecord, request: DeployRequest, spec: PoolSpec, generation: int) -> Swap:
+        """The swap to `spec`: that of an earlier life, or one that is begun now, once no other is about the same name."""
         while True:
-            self._changed.clear()
-            system = await self._cluster.system(PATIENCE_S)
-            if has_ready(spec.pool, system):
-                return
-            if body := trouble(spec.pool, system):
-                raise from_body(body)
-            mine = [i for i in system.instances if i.pool == spec.pool]
-            states = ", ".join(f"{i.id} is {i.state}{': ' * bool(i.reason)}{i.reason}" for i in mine) or "no instance yet"
-            if time.monotonic() > until:
-                raise PluginFault("not_ready", f"pool {spec.pool} was not ready within {self._deploy_s:g} s: {states}",
-                                  "see the log of its instances", retriable=True)  # fmt: skip
-            await self._table.progress(job.id, job.epoch, Progress(0.0, "starting", states))
-            with contextlib.suppress(TimeoutError):  # not every change makes an event: a quarantine does not
-                async with asyncio.timeout(1.0):
-                    await self._changed.wait()
+            system = await self._cluster.system(math.inf)
+            if found := swap_of(spec.pool, system):
+                return found
+            wanted = swap_request(request, spec, generation, job.id, self._deploy_s, system)
+            try:
+                begun: Swap = await self._bus.call(Kernel.swap, wanted, timeout_s=10.0, patience_s=math.inf)
+                return begun
+            except ClientFault as fault:  # ours, whose answer was lost; or another's, which has to end first
+                if fault.code != "conflict":
+                    raise
+                await self._table.progress(job.id, job.epoch, Progress(0.0, "waiting", fault.message))
+            await self._look()
 
-    async def _record(self, new: Deployment) -> None:
-        if not await self._table.deployments.create(new.name, new):
-            await self._table.deployments.update(new.name, lambda old: new if old.generation <= new.generation else _newer(old))
+    async def _follow(self, job: JobRecord, name: str, swap: Swap, phases: tuple[str, ...]) -> None:
+        """Until the swap is in none of `phases`; PluginFault if it did not come to its aim."""
+        system: SystemState | None = None
+        while swap.phase in phases:
+            await self._table.progress(job.id, job.epoch, progress_of(swap, system or await self._cluster.system(math.inf),
+                                                                      time.time()))  # fmt: skip
+            await self._look()
+            system = await self._cluster.system(math.inf)
+            found = swap_of(swap.pool, system)
+            if found is None:  # over for long: the kernel keeps the last ones only
+                if is_routed(swap.pool, system):
+                    return
+                raise PluginFault("not_ready", f"the kernel has no record of the swap of {name} to {swap.pool} any more",
+                                  "deploy it again", retriable=True)  # fmt: skip
+            swap = found
+        raise_if_over(swap, name)
+
+    async def _drained(self, pool: str) -> None:
+        """Until what served before `pool` has answered its last call."""
+        while (swap := swap_of(pool, await self._cluster.system(math.inf))) is not None and swap.phase == "retiring":
+            await self._look()
+
+    async def _look(self) -> None:
+        """Until something has changed, or a second: not every change makes an event."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._changed.wait()
+
+    # ---- the record, and what is left of others ----
+
+    async def _record(self, new: Deployment) -> Deployment:
+        if await self._table.deployments.create(new.name, new):
+            return new
+        _, stored = await self._table.deployments.update(
+            new.name, lambda old: follows(new, old) if old.generation <= new.generation else _newer(old))  # fmt: skip
+        return stored
 
     async def _retire(self, current: Deployment, system: SystemState) -> None:
-        """Stop the pools that served under the name before, and release what their replicas hold."""
+        """Drop the pools that served under the name before, and release what their replicas hold."""
         for pool in outdated_pools(current, system):
             await self._bus.call(Kernel.stop_pool, PoolName(pool), timeout_s=10.0, patience_s=PATIENCE_S)
         why = f"{current.job} serves {current.name} now, as generation {current.generation}"
@@ -145,21 +215,26 @@ class Deployer:
             if serves and job.id != current.job and request_of(job).name == current.name:
                 await self._table.move(job.id, lambda now: advance(now, "supersede", why=why) if now.state == "running" else now)
 
-    async def _fail(self, job: JobRecord, request: DeployRequest, fault: Fault) -> None:
-        await self._table.move(job.id, lambda now: failed(now, fault.body()) if _same(now, job) else now)
+    async def _fail(self, job: JobRecord, fault: Fault) -> None:
+        body = fault.body()
+        await self._table.move(job.id, lambda now: _given_up(now, body) if _same(now, job) else now)
         try:
-            await self._stop_unserved(request)
+            await self._turn_back(job, f"job {job.id} failed: {fault.message}")
         except Fault as second:
-            log.error("what was begun of %s can't be stopped: %s", request.name, second)
+            log.error("what was begun by %s can't be turned back: %s", job.id, second)
 
-    async def _stop_unserved(self, request: DeployRequest) -> None:
-        """Stop the next generation's pool, unless the route has moved to it already and only the record is missing."""
-        last = self._table.deployments.get(request.name)
-        pool = pool_of(request, last.generation + 1 if last else 1)
-        routes = (await self._cluster.system(PATIENCE_S)).routes
-        if any(d.pool == pool for r in routes for d in r.to):
-            return
-        await self._bus.call(Kernel.stop_pool, PoolName(pool), timeout_s=10.0, patience_s=PATIENCE_S)
+    async def _turn_back(self, job: JobRecord, why: str) -> None:
+        """Have the kernel turn the job's swap back if it is still under way, and wait until it has."""
+        attempt = self._table.attempts.get(request_of(job).name)
+        while attempt is not None and (attempt.job, attempt.epoch) == (job.id, job.epoch):
+            swap = swap_of(attempt.pool, await self._cluster.system(PATIENCE_S))
+            if swap is None or swap.phase not in PENDING:
+                return
+            try:
+                await self._bus.call(Kernel.rollback, RollbackRequest(swap.pool, why), timeout_s=10.0, patience_s=PATIENCE_S)
+            except ClientFault as fault:  # over by now, or so young that its pool is not there: the next look tells
+                log.info("swap of %s: %s", swap.pool, fault.message)
+            await self._look()
 
 
 def _same(now: JobRecord, job: JobRecord) -> bool:
@@ -170,6 +245,13 @@ def _mine(now: JobRecord, job: JobRecord) -> JobRecord:
     if not _same(now, job):
         raise ClientFault("stale_epoch", f"{job.id} is {now.state} at epoch {now.epoch}, not {job.epoch}")
     return now
+
+
+def _given_up(now: JobRecord, fault: FaultBody) -> JobRecord:
+    """A model that was worse than the one before is as bad the next time; everything else may be tried again."""
+    if fault.code == "rolled_back":
+        return advance(now, "exhaust", attempt=now.attempt + 1, fault=fault, why=fault.message)
+    return failed(now, fault)
 
 
 def _newer(old: Deployment) -> Deployment:

@@ -5,14 +5,26 @@ from typing import Any
 
 import msgspec
 
-from kernelm_contracts.jobs import DEPLOY, Deployed, Deployment, DeployRequest, JobRecord
+from kernelm_contracts.jobs import DEPLOY, Deployed, Deployment, DeployRequest, JobRecord, PastDeployment
 from kernelm_contracts.server import ServedModel
 from kernelm_sdk.contract import token
-from kernelm_sdk.errors import FaultBody
-from kernelm_sdk.system import PoolSpec, SystemState
+from kernelm_sdk.errors import PluginFault
+from kernelm_sdk.system import Bounds, PoolSpec, Progress, Swap, SwapRequest, SystemState
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 MAX_NAME = 40  # characters; generation and digest follow it in the pool's name, which has 63
+HISTORY = 10  # models that a record remembers
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """The record in KV `deployments` under `attempt.<name>`: the last generation that was given out, and to whom. Written
+    before anything is begun, so that a number is never used twice, and whoever goes on after a crash finds the swap."""
+
+    name: str
+    generation: int
+    pool: str
+    job: str
+    epoch: int
 
 
 def result_of(deployment: Deployment) -> dict[str, Any]:
@@ -39,6 +51,15 @@ def check(request: DeployRequest) -> None:
         raise ValueError(f"`model` {request.model!r} is no digest (sha256:<64 hex digits>)")
     if request.instances < 1:
         raise ValueError(f"`instances` is {request.instances}, and must be at least 1")
+    if not 0 <= request.canary < 100:
+        raise ValueError(f"`canary` is {request.canary}, and must be 1 to 99 percent, or 0 for all calls")
+    if request.watch_s < 0 or (request.canary and not request.watch_s):
+        raise ValueError(f"`watch_s` is {request.watch_s:g}, and must be above 0 for a canary, which ends with it")
+    if not 0 <= request.error_rate <= 1:
+        raise ValueError(f"`error_rate` is {request.error_rate:g}, and must be 0 to 1")
+    if request.latency_ratio <= 0 or request.latency_ms < 0 or request.min_calls < 1:
+        raise ValueError(f"`latency_ratio` {request.latency_ratio:g}, `latency_ms` {request.latency_ms:g} and `min_calls` "
+                         f"{request.min_calls} must be above 0")  # fmt: skip
 
 
 def pool_of(request: DeployRequest, generation: int) -> str:
@@ -70,8 +91,60 @@ def outdated_pools(current: Deployment, system: SystemState) -> list[str]:
             and p.settings.get("model", {}).get("generation", current.generation + 1) <= current.generation]  # fmt: skip
 
 
-def trouble(pool: str, system: SystemState) -> FaultBody | None:
-    """Why the pool will not become ready, once the kernel has given up on it."""
-    if why := system.health.get(f"pool {pool}"):
-        return FaultBody("plugin", "quarantined", f"pool {pool} is {why}", "see the log of its instances")
-    return None
+def next_generation(name: str, current: Deployment | None, last: Attempt | None, system: SystemState) -> int:
+    """Above every generation that callers may have seen: of the record, of attempts that went back, of the route."""
+    seen = [current.generation if current else 0, last.generation if last else 0]
+    return 1 + max(seen + [r.generation for r in system.routes if r.kind == "model" and r.name == name])
+
+
+def swap_request(request: DeployRequest, spec: PoolSpec, generation: int, job: str, ready_s: float,
+                 system: SystemState) -> SwapRequest:  # fmt: skip
+    """What the kernel is asked for: the pool takes over the name from whatever serves it now, watched if that is there."""
+    serving = {p.pool for p in system.pools if not p.parked}
+    before = next((d.pool for r in system.routes if r.kind == "model" and r.name == request.name for d in r.to
+                   if d.pool in serving and d.pool != spec.pool), "")  # fmt: skip
+    bounds = Bounds(request.watch_s if before else 0.0, request.error_rate, request.latency_ratio, request.latency_ms,
+                    request.min_calls, ready_s)  # fmt: skip
+    return SwapRequest(spec, (request.name,), before, generation, request.model, request.canary if before else 0, bounds,
+                       request.why or f"deployed by {job}")  # fmt: skip
+
+
+def swap_of(pool: str, system: SystemState) -> Swap | None:
+    """The swap to `pool`, whose name holds a generation and so is that of one swap only."""
+    return next((s for s in reversed(system.swaps) if s.pool == pool), None)
+
+
+def is_routed(pool: str, system: SystemState) -> bool:
+    """Whether all calls of some name go to `pool`."""
+    return any([d.pool for d in r.to] == [pool] for r in system.routes)
+
+
+def progress_of(swap: Swap, system: SystemState, now: float) -> Progress:
+    """How far a swap is, for the record of its job. `now`: Unix seconds."""
+    if swap.phase == "watching" and swap.bounds.watch_s:
+        share = f"{swap.canary} % of the calls go" if swap.canary else "all calls go"
+        seconds = min(max(now - swap.since, 0.0), swap.bounds.watch_s)
+        return Progress(round(seconds / swap.bounds.watch_s, 4), "watching",
+                        f"{share} to {swap.pool}, watched for {seconds:.0f} of {swap.bounds.watch_s:g} s")  # fmt: skip
+    mine = [i for i in system.instances if i.pool == swap.pool]
+    states = ", ".join(f"{i.id} is {i.state}{': ' * bool(i.reason)}{i.reason}" for i in mine) or "no instance yet"
+    return Progress(0.0, swap.phase, states)
+
+
+def raise_if_over(swap: Swap, name: str) -> None:
+    """PluginFault if the swap did not come to its aim: "rolled_back" once the new model had calls, "not_ready" before."""
+    if swap.phase == "rolled_back":
+        raise PluginFault("rolled_back", f"{name} went back from {swap.pool} to {swap.before}, which goes on serving: "
+                          f"{swap.outcome}", "see the log of its instances; deploy with wider bounds if this is how it shall be",
+                          generation=swap.generation, pool=swap.pool)  # fmt: skip
+    if swap.phase == "failed":
+        raise PluginFault("not_ready", f"pool {swap.pool} does not serve {name}: {swap.outcome}", "see the log of its instances",
+                          retriable=True, generation=swap.generation, pool=swap.pool)  # fmt: skip
+
+
+def follows(new: Deployment, old: Deployment) -> Deployment:
+    """`new` with the history of `old` and `old` itself in front of it."""
+    if (new.generation, new.pool) == (old.generation, old.pool):  # the same, written again after a crash
+        return msgspec.structs.replace(new, history=old.history)
+    past = PastDeployment(old.generation, old.artifact, old.pool, old.plugin, new.when)
+    return msgspec.structs.replace(new, history=(past, *old.history)[:HISTORY])

@@ -8,17 +8,20 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from kernelm_contracts.jobs import JobRecord
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, Scheduler
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, PendingJob
+from kernelm_jobs.asking import Asking
+from kernelm_jobs.checks import check
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
 from kernelm_jobs.deployment import is_replica
-from kernelm_jobs.rounds import Worker, check, choose, cluster_state, deadlock, pending_job, took, workers
+from kernelm_jobs.rounds import Worker, choose, cluster_state, deadlock, fits, left, pending_job, took, workers
 from kernelm_jobs.runs import content_key, method_named
 from kernelm_jobs.settings import Settings
 from kernelm_jobs.states import FINAL, HOLDING, advance, failed, latest_checkpoint
@@ -32,6 +35,9 @@ AGAIN_S = 1.0  # until the next round after one that failed
 HOLD_S, HOLD_MAX_S = 0.25, 10.0  # a job that came back waits so long before it is placed again, doubled every time
 
 
+Change = Callable[[JobRecord], JobRecord]
+
+
 class Dispatcher:
     """Turns queued jobs into running ones."""
 
@@ -39,7 +45,7 @@ class Dispatcher:
         self._bus, self._table, self._cluster, self._deployer, self._settings = bus, table, cluster, deployer, settings
         self.condemned: set[str] = set()  # instances that hang and are being stopped: no more jobs for them
         self._wake = asyncio.Event()
-        self._version = 0
+        self._asking = Asking(bus, f"{bus.user}-{bus.boot}")
         self._held: dict[str, tuple[float, int]] = {}  # job -> not before (monotonic), how often it came back
         self._tasks: set[asyncio.Task[None]] = set()
         table.listeners.append(self._changed)
@@ -49,6 +55,8 @@ class Dispatcher:
         for job in self._table.jobs.values():
             if job.state == "placed" and not is_replica(job):
                 self.spawn(self._hand_over(job))
+            if job.stopping:
+                self.spawn(self._patience(job))
 
     def wake(self) -> None:
         """Have another round."""
@@ -109,58 +117,83 @@ class Dispatcher:
 
     async def _schedule(self, queued: list[JobRecord]) -> float:
         try:
-            system = await self._cluster.system()
+            state, ready = await self.state(queued)
         except KernelFault as fault:
             return await self._nobody(queued, f"waits: the kernel does not answer: {fault.message}")
+        try:
+            answer = await self._asking.decide(state)
+        except Fault as fault:
+            return await self._nobody(queued, f"waits: no scheduler decides: {fault.message}")
+        return await self._carry_out(structs.replace(state, version=self._asking.version), answer, ready)
+
+    async def state(self, queued: Sequence[JobRecord], planned: Sequence[PendingJob] = ()) -> tuple[ClusterState, list[Worker]]:
+        """What the scheduler decides on now, with `planned` jobs that are no records, and the instances that take jobs."""
+        system = await self._cluster.system()
         reports, manifests = await self._cluster.reports(system), self._cluster.manifests(system)
         jobs = list(self._table.jobs.values())
         ready = workers(system, jobs, {name: m.max_jobs for name, m in manifests.items()}, self.condemned)
         installed = {name: m.contracts for name, m in manifests.items()}
-        pending = [pending_job(job, system, installed) for job in queued]
-        self._version += 1
-        state = cluster_state(self._version, time.time(), jobs, pending, reports, ready, self._settings.quotas)
-        try:
-            answer: Decisions = await self._bus.call(Scheduler.decide, state, timeout_s=10.0)
-        except Fault as fault:
-            return await self._nobody(queued, f"waits: no scheduler decides: {fault.message}")
-        return await self._carry_out(state, answer, ready)
+        pending = [*(pending_job(job, system, installed) for job in queued), *planned]
+        settings = self._settings
+        return cluster_state(0, time.time(), jobs, pending, reports, ready, settings.quotas, settings.tenants), ready
 
     async def _nobody(self, queued: list[JobRecord], why: str) -> float:
-        for job in queued:
-            await self._table.explain(job.id, why)
+        await self._table.explain({job.id: why for job in queued})
         return AGAIN_S
 
     async def _carry_out(self, state: ClusterState, answer: Decisions, ready: Sequence[Worker]) -> float:
+        """What was decided: everything that is written of it goes into one atomic batch, before any instance hears of it."""
         checked = check(state, answer)
         for id, complaint in checked.refused.items():
             log.error("a decision on %s is refused: %s", id, complaint)
-            if self._table.jobs.get(id):
-                await self._table.explain(id, f"waits: {complaint}", loudly=True)
+        reasons = {id: f"waits: {complaint}" for id, complaint in checked.refused.items()}
+        room = _Free(state)
+        jobs = {job.id: job for job in self._table.jobs.values()}
+        writes: dict[str, Change] = {}
         for decision in checked.accepted:
-            job = self._table.jobs.need(decision.job)
+            job = jobs[decision.job]
             if decision.action == "place":
-                ready = await self._place(job, decision, ready)
+                if not room.take(decision, job):
+                    reasons[job.id] = f"waits: {decision.node} is chosen, and starts it when what makes room there has stopped"
+                    continue
+                placement, ready = self._placement(job, decision, ready)
+                if isinstance(placement, str):
+                    reasons[job.id] = placement
+                else:
+                    writes[job.id] = placement
+            elif decision.action == "preempt":
+                writes[job.id] = _told_to_stop(decision.reason)
             elif decision.action == "reject":
                 await self._reject(job, decision.reason)
-            elif never := deadlock(job, {j.id: j for j in self._table.jobs.values()}, state.nodes):
+            elif job.spec.parent and (never := deadlock(job, jobs, state.nodes)):
                 await self._reject(job, never)
-            else:
-                await self._table.explain(job.id, decision.reason)
+            elif decision.job in self._asking.fresh:
+                reasons[job.id] = decision.reason
+        await self._commit(jobs, writes)
+        await self._table.explain(reasons)
         return AGAIN_S if checked.refused else HOLD_MAX_S  # nodes change without an event: look again now and then
+
+    async def _commit(self, jobs: dict[str, JobRecord], writes: dict[str, Change]) -> None:
+        for id, after in (await self._table.move_all(writes)).items():
+            if after.state == "placed" and after.epoch == jobs[id].epoch + 1:
+                if is_replica(after):
+                    self._deployer.begin(after)
+                else:
+                    self.spawn(self._hand_over(after))
+            elif after.stopping and not jobs[id].stopping:
+                self.spawn(self._patience(after))
 
     async def _reject(self, job: JobRecord, why: str) -> None:
         fault = FaultBody("client", "unschedulable", f"{job.spec.name}: {why}", "ask for less, or add a node")
         await self._table.move(job.id, lambda now: advance(now, "reject", fault=fault, why=why) if now.state == "queued" else now)
 
-    async def _place(self, job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> Sequence[Worker]:
-        """Put the placement on record, then have it carried out; the workers that are left."""
+    def _placement(self, job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> tuple[Change | str, Sequence[Worker]]:
+        """The change that puts a placement on record, or why there is none; and the workers that are left."""
         instance, key = "", job.key
         if not is_replica(job):
             worker = choose(decision, job.spec.uses.rpartition(".")[0], ready)
             if worker is None:
-                why = f"waits: no instance of {decision.plugin} on {decision.node} does {job.spec.uses}"
-                await self._table.explain(job.id, why)
-                return ready
+                return f"waits: no instance of {decision.plugin} on {decision.node} does {job.spec.uses}", ready
             instance = worker.instance
             key = content_key(job.spec.uses, worker.plugin, worker.version, job.spec.request)  # of what really does it
             ready = took(ready, instance)
@@ -172,13 +205,26 @@ class Dispatcher:
             return advance(now, "place", node=decision.node, instance=instance, key=key, epoch=now.epoch + 1,
                            checkpoint=now.checkpoint or checkpoint, why=decision.reason)  # fmt: skip
 
-        placed = await self._table.move(job.id, place)
-        if placed.state == "placed" and placed.epoch == job.epoch + 1:
-            if is_replica(placed):
-                self._deployer.begin(placed)
-            else:
-                self.spawn(self._hand_over(placed))
-        return ready
+        return place, ready
+
+    # ---- making room ----
+
+    async def make_room(self, job: JobRecord) -> None:
+        """Stop a job that was told to make room: it is queued again, goes on from its last checkpoint, and no attempt counts."""
+
+        def change(now: JobRecord) -> JobRecord:
+            if not _same(now, job) or not now.stopping:
+                return now
+            return advance(now, "preempt", node="", instance="", preemptions=now.preemptions + 1, why=f"waits: {now.why}")
+
+        after = await self._table.move(job.id, change)
+        if after.state == "queued" and after.preemptions == job.preemptions + 1 and job.instance:
+            await self.tell(job, after.why)
+
+    async def _patience(self, job: JobRecord) -> None:
+        """Stop the job without a checkpoint if it makes none in time; `Reports` does when it makes one."""
+        await asyncio.sleep(max(job.stopping + self._settings.preempt_after_s - time.time(), 0.0))
+        await self.make_room(job)
 
     # ---- handing over ----
 
@@ -255,3 +301,24 @@ def _same(now: JobRecord | None, job: JobRecord) -> bool:
 def _unanswered(now: JobRecord, job: JobRecord) -> bool:
     """Whether the placement stands and the instance has neither accepted nor reported yet."""
     return _same(now, job) and now.state == "placed"
+
+
+def _told_to_stop(why: str) -> Change:
+    def change(now: JobRecord) -> JobRecord:
+        return structs.replace(now, stopping=time.time(), why=why) if now.state in HOLDING and not now.stopping else now
+
+    return change
+
+
+class _Free:
+    """What is free on the nodes now, while what was told to stop still holds its share."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._free = {node.name: node.free for node in state.nodes}
+
+    def take(self, decision: Decision, job: JobRecord) -> bool:
+        """Whether the job fits; then it is taken."""
+        if not fits(job.spec.resources, self._free[decision.node]):
+            return False
+        self._free[decision.node] = left(self._free[decision.node], [job.spec.resources])
+        return True

@@ -108,8 +108,7 @@ class Pipelines:
 
     async def _start(self, run: RunRecord, stage: StageSpec, jobs: dict[str, JobRecord]) -> None:
         request = replaced(stage.with_, {name: job.result for name, job in jobs.items()})
-        spec = JobSpec(stage.name, stage.uses, request, stage.resources, stage.plugin, run.spec.tenant, run.spec.priority,
-                       stage.attempts, run=run.id)  # fmt: skip
+        spec = msgspec.structs.replace(spec_of(run.spec, stage), request=request, run=run.id)
         job = await self._intake.submit_stage(spec, f"{run.id}-{stage.name}")
 
         def note(now: RunRecord) -> RunRecord:
@@ -175,3 +174,9 @@ class Pipelines:
             self._followers[id].discard(changed)
             if not self._followers[id]:
                 del self._followers[id]
+
+
+def spec_of(run: RunSpec, stage: StageSpec) -> JobSpec:
+    """The job of a stage, with its references to other stages as they are."""
+    return JobSpec(stage.name, stage.uses, stage.with_, stage.resources, stage.plugin, run.tenant, run.priority, stage.attempts,
+                   preemptible=stage.preemptible, deadline=stage.deadline, estimate_s=stage.estimate_s)  # fmt: skip

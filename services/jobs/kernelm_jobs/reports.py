@@ -1,6 +1,7 @@
 """`work/1`: what instances report on their jobs. A report is believed only from the owner of the job's present epoch."""
 
 import logging
+import time
 
 import msgspec
 
@@ -21,6 +22,12 @@ class Reports:
 
     def __init__(self, table: Table, intake: Intake, dispatcher: Dispatcher) -> None:
         self._table, self._intake, self._dispatcher = table, intake, dispatcher
+        self._checkpoints: dict[str, tuple[int, list[str]]] = {}  # job -> epoch, its checkpoints in their order
+        table.listeners.append(self._changed)
+
+    def _changed(self, job: JobRecord) -> None:
+        if job.state not in HOLDING:
+            self._checkpoints.pop(job.id, None)
 
     async def report(self, report: Report, caller: str) -> None:
         """Write one report; ClientFault "stale_epoch", with nothing changed, if the caller does not hold the job now."""
@@ -60,9 +67,17 @@ class Reports:
     async def _checkpoint(self, report: Report, caller: str) -> None:
         def change(now: JobRecord) -> JobRecord:
             now = self._fence(now, report, caller)
-            return now if now.checkpoint == report.checkpoint else msgspec.structs.replace(now, checkpoint=report.checkpoint)
+            epoch, earlier = self._checkpoints.get(now.id, (0, []))
+            if epoch != now.epoch:
+                earlier = []
+            if report.checkpoint in (now.checkpoint, *earlier):  # told again, perhaps late: it must not bring back an older one
+                return now
+            self._checkpoints[now.id] = now.epoch, [*earlier, report.checkpoint]
+            return msgspec.structs.replace(now, checkpoint=report.checkpoint, checkpointed=time.time())
 
-        await self._table.move(report.job, change)
+        job = await self._table.move(report.job, change)
+        if job.stopping and report.result is None and job.checkpoint == report.checkpoint:
+            self._dispatcher.spawn(self._dispatcher.make_room(job))  # behind the answer to this report
 
     async def _result(self, job: JobRecord, report: Report, caller: str) -> None:
         """A result that is none fails the attempt, and says so to the one who sent it."""

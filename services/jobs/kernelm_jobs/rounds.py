@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from msgspec import Struct, structs
 
 from kernelm_contracts.jobs import JobRecord
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, NodeState, PendingJob, PlacedJob
+from kernelm_contracts.scheduler import Action, ClusterState, Decision, NodeState, PendingJob, PlacedJob, Tenant
 from kernelm_jobs.deployment import is_replica, request_of
 from kernelm_jobs.runs import digests_in
 from kernelm_jobs.states import HOLDING
 from kernelm_sdk.system import Instance, NodeReport, Resources, SystemState
 
 CPU_TOLERANCE = 1e-6  # cores; sums of decimal fractions are not exact
+ACTIONS: tuple[Action, ...] = ("preempt",)  # what the job table can carry out beside place, wait and reject
 POOL = "pool:"  # before the name of a plugin: a replica needs no slot of an instance, it brings a pool of its own
 
 
@@ -71,11 +72,31 @@ def pending_job(job: JobRecord, system: SystemState, installed: Mapping[str, tup
         contract = spec.uses.rpartition(".")[0]
         plugins = plugins_for(contract, spec.plugin, system, installed) or (contract,)
     return PendingJob(job.id, spec.name, spec.resources, plugins, spec.priority, spec.tenant, job.submitted, job.attempt,
-                      tuple(sorted(set(digests_in(spec.request)))), (job.node,) if job.node else ())  # fmt: skip
+                      tuple(sorted(set(digests_in(spec.request)))), (job.node,) if job.node else (), started=job.started,
+                      estimate_s=_left(job), deadline=spec.deadline, preemptible=spec.preemptible, preemptions=job.preemptions,
+                      model=request_of(job).name if is_replica(job) else "")  # fmt: skip
+
+
+def _left(job: JobRecord) -> float:
+    """Run time left, by the estimate of who submitted it and its last progress."""
+    return job.spec.estimate_s * (1.0 - min(max(job.progress.fraction, 0.0), 1.0))
+
+
+def placed_job(job: JobRecord, ready: Mapping[str, Worker]) -> PlacedJob:
+    """A placed or running job as the scheduler sees it."""
+    spec, worker = job.spec, ready.get(job.instance)
+    began = job.started or job.heard
+    ends = began + spec.estimate_s if spec.estimate_s and began else 0.0
+    return PlacedJob(job.id, job.node, spec.resources, spec.priority, spec.tenant, began, name=spec.name,
+                     plugins=(worker.plugin,) if worker else (), submitted=job.submitted, attempt=job.attempt,
+                     deadline=spec.deadline, preemptible=spec.preemptible, preemptions=job.preemptions,
+                     checkpointed=job.checkpointed, movable=not is_replica(job), ends=ends, leaving=job.stopping > 0,
+                     model=request_of(job).name if is_replica(job) else "")  # fmt: skip
 
 
 def cluster_state(version: int, now: float, jobs: Sequence[JobRecord], pending: Sequence[PendingJob], reports: Sequence[NodeReport],
-                  ready: Sequence[Worker], quotas: Mapping[str, Resources]) -> ClusterState:  # fmt: skip
+                  ready: Sequence[Worker], quotas: Mapping[str, Resources], tenants: tuple[Tenant, ...] = (),
+                  source: str = "") -> ClusterState:  # fmt: skip
     """What the scheduler decides on: capacity as the nodes report it, less what jobs hold by our own account."""
     holding = [job for job in jobs if job.state in HOLDING]
     pools = Counter(plugin for job in pending for plugin in job.plugins if plugin.startswith(POOL))
@@ -88,79 +109,9 @@ def cluster_state(version: int, now: float, jobs: Sequence[JobRecord], pending: 
         slots.update({plugin: count for plugin, count in pools.items() if plugin.removeprefix(POOL) in report.plugins})
         free = left(report.capacity, [job.spec.resources for job in holding if job.node == report.node])
         nodes.append(NodeState(report.node, report.capacity, free, dict(slots)))
-    placed = tuple(PlacedJob(j.id, j.node, j.spec.resources, j.spec.priority, j.spec.tenant, j.started) for j in holding)
-    return ClusterState(version, now, tuple(nodes), tuple(pending), placed, dict(quotas))
-
-
-# ---- the check ---------------------------------------------------------------------------------------------------
-
-
-class Checked(Struct):
-    """What may be carried out, and what not: job -> complaint."""
-
-    accepted: list[Decision]
-    refused: dict[str, str]
-
-
-def check(state: ClusterState, answer: Decisions) -> Checked:
-    """Check every decision against the state that it was made on, each after those before it were carried out."""
-    checked = Checked([], {})
-    if answer.version != state.version:
-        checked.refused = {j.id: f"the scheduler decided on version {answer.version}, not {state.version}" for j in state.pending}
-        return checked
-    room = _Room(state)
-    for decision in answer.decisions:
-        if complaint := room.complaint(decision):
-            checked.refused[decision.job] = complaint
-        else:
-            room.take(decision)
-            checked.accepted.append(decision)
-    decided = {d.job for d in answer.decisions}
-    checked.refused |= {j.id: "the scheduler gave no decision" for j in state.pending if j.id not in decided}
-    return checked
-
-
-class _Room:
-    """What is left of nodes, slots and quotas while decisions are checked one after the other."""
-
-    def __init__(self, state: ClusterState) -> None:
-        self.pending = {job.id: job for job in state.pending}
-        self.free = {node.name: node.free for node in state.nodes}
-        self.slots = {node.name: dict(node.plugins) for node in state.nodes}
-        self.quotas = {tenant: left(quota, [p.request for p in state.placed if p.tenant == tenant])
-                       for tenant, quota in state.quotas.items()}  # fmt: skip
-        self.taken: set[str] = set()
-
-    def complaint(self, d: Decision) -> str:
-        """What is wrong with the decision; "" if nothing is."""
-        job = self.pending.get(d.job)
-        if job is None:
-            return "the scheduler decided on a job that does not wait"
-        if d.job in self.taken:
-            return "the scheduler decided on it twice"
-        if d.action != "place":
-            return "" if d.reason else f"the scheduler gave no reason to {d.action}"
-        if d.node not in self.free:
-            return f"the scheduler placed it on {d.node!r}, which is no node"
-        if d.plugin not in job.plugins:
-            return f"the scheduler gave it to plugin {d.plugin!r}, which can't do it"
-        if self.slots[d.node].get(d.plugin, 0) < 1:
-            return f"the scheduler gave it to {d.plugin} on {d.node}, which has no free slot"
-        if not fits(job.request, self.free[d.node]):
-            return f"the scheduler oversubscribed node {d.node}: {job.request} of {self.free[d.node]}"
-        if job.tenant in self.quotas and not fits(job.request, self.quotas[job.tenant]):
-            return f"the scheduler broke the quota of tenant {job.tenant}: {job.request} of {self.quotas[job.tenant]}"
-        return ""
-
-    def take(self, d: Decision) -> None:
-        job = self.pending[d.job]
-        self.taken.add(d.job)
-        if d.action != "place":
-            return
-        self.slots[d.node][d.plugin] -= 1
-        self.free[d.node] = left(self.free[d.node], [job.request])
-        if job.tenant in self.quotas:
-            self.quotas[job.tenant] = left(self.quotas[job.tenant], [job.request])
+    known = {worker.instance: worker for worker in ready}
+    placed = tuple(placed_job(job, known) for job in holding)
+    return ClusterState(version, now, tuple(nodes), tuple(pending), placed, dict(quotas), tenants, (), ACTIONS, source)
 
 
 def left(capacity: Resources, requests: Iterable[Resources]) -> Resources:

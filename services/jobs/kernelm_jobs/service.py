@@ -8,11 +8,25 @@ from typing import Any
 
 import msgspec
 
-from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, JobSpec, RunName, RunRecord, RunSpec, RunView
+from kernelm_contracts.jobs import (
+    JobList,
+    JobName,
+    JobQuery,
+    JobRecord,
+    JobSpec,
+    Outlook,
+    Plan,
+    RollbackDeployment,
+    RunName,
+    RunRecord,
+    RunSpec,
+    RunView,
+)
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
 from kernelm_jobs.dispatch import Dispatcher
 from kernelm_jobs.intake import Intake
+from kernelm_jobs.outlook import Outlooks
 from kernelm_jobs.pipeline import Pipelines
 from kernelm_jobs.reports import Reports
 from kernelm_jobs.settings import read_settings
@@ -38,6 +52,7 @@ class JobsService:
         self.cluster = Cluster(bus)
         self.deployer = Deployer(bus, self.table, self.cluster, settings.deploy_s)
         self.dispatcher = Dispatcher(bus, self.table, self.cluster, self.deployer, settings)
+        self.outlooks = Outlooks(bus, self.table, self.cluster, self.dispatcher)
         self.intake = Intake(bus, self.table, self.cluster)
         self.pipelines = Pipelines(self.table, self.intake, self.dispatcher)
         self.reports = Reports(self.table, self.intake, self.dispatcher)
@@ -49,7 +64,8 @@ class JobsService:
     async def on_start(self) -> None:
         """Read the records and go on with what was under way."""
         await self.table.load()
-        await self._bus.follow(self._instance_event, "evt.plugin.state.*")
+        await self._bus.follow(self._instance_event, "evt.plugin.state.kernel")  # of anybody else it would be a lie
+        await self._bus.follow(self._swap_event, "evt.swap.phase.*")
         self._bus.reconnected.append(self._reconnected)
         await self.deployer.recover()
         self.dispatcher.recover()
@@ -79,6 +95,9 @@ class JobsService:
             self.deployer.changed()
             self.dispatcher.wake()
             await self.watch.instance_changed(event)
+
+    async def _swap_event(self, received: Received) -> None:
+        self.deployer.changed()
 
     def _orphans(self, job: JobRecord) -> None:
         if job.state in FINAL:
@@ -125,6 +144,15 @@ class JobsService:
 
     async def cancel(self, request: JobName, call: Any) -> JobRecord:
         return await self.dispatcher.cancel(request.id, f"cancelled by {call.caller}")
+
+    async def why(self, request: JobName, call: Any) -> Outlook:
+        return await self.outlooks.why(request.id)
+
+    async def plan(self, request: RunSpec, call: Any) -> Plan:
+        return await self.outlooks.plan(request)
+
+    async def rollback(self, request: RollbackDeployment, call: Any) -> JobRecord:
+        return await self.intake.submit(self.deployer.before(request))
 
     # ---- work/1 ----
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from kernelm_contracts.scheduler import Tenant
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import Resources
 
@@ -13,6 +14,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Units: `_s` in seconds."""
 
     quotas: dict[str, Resources] = {}  # tenant -> most it may hold at once; a tenant without an entry has no limit
+    tenants: tuple[Tenant, ...] = ()  # finer limits: nominal, borrowing, lending, cohorts, weights
+    preempt_after_s: float = 60.0  # a job that is to make room and makes no checkpoint for so long is stopped without
     watch_every_s: float = 2.0  # between looks at instances and deadlines
     probe_every_s: float = 5.0  # between questions to an instance whether it still works on its jobs
     deploy_s: float = 300.0  # a pool that has no ready instance by then has failed to deploy

@@ -27,6 +27,8 @@ TRANSITIONS: dict[tuple[str, str], JobState] = {
     ("running", "finish"): "done",
     ("running", "serve"): "running",    # a replica's pool answers under its name; it keeps its resources
     ("running", "supersede"): "done",   # another replica has taken over the name
+    ("placed", "preempt"): "queued",    # it made room for another job: no attempt is counted
+    ("running", "preempt"): "queued",
     ("placed", "cancel"): "cancelled",
     ("running", "cancel"): "cancelled",
 }  # fmt: skip
@@ -51,6 +53,8 @@ def advance(record: JobRecord, happening: str, **changes: Any) -> JobRecord:
         changes["started"] = time.time()
     if state in FINAL:
         changes["finished"] = time.time()
+    if record.state in HOLDING and state not in HOLDING:
+        changes["stopping"] = 0.0
     return structs.replace(record, state=state, **changes)
 
 
@@ -58,9 +62,11 @@ def failed(record: JobRecord, fault: FaultBody, why: str = "") -> JobRecord:
     """`record` after its attempt failed: queued again, or dead when the attempts are used up or bad input is to blame,
     which does not get better. Its node stays on record as the one to avoid, its checkpoint as the one to resume from."""
     attempt = record.attempt + 1
-    hopeless = fault.whose == "client" and not fault.retriable
+    damaged = fault.code in ("corrupt_artifact", "not_found") and fault.details.get("digest", "") == record.checkpoint != ""
+    hopeless = fault.whose == "client" and not fault.retriable and not damaged
     happening = "exhaust" if hopeless or attempt >= record.spec.attempts else "fail"
-    return advance(record, happening, attempt=attempt, fault=fault, why=why or fault.message)
+    checkpoint = "" if damaged else record.checkpoint  # a damaged one costs the progress, not the job
+    return advance(record, happening, attempt=attempt, fault=fault, why=why or fault.message, checkpoint=checkpoint)
 
 
 def diagram() -> str:

@@ -4,23 +4,26 @@ The cache is read from KV at the start, and a record again whenever a write find
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 import msgspec
 
 from kernelm_contracts.jobs import Deployment, JobChanged, JobProgress, JobRecord, RunRecord
+from kernelm_jobs.deployment import Attempt
 from kernelm_jobs.states import FINAL, HOLDING
 from kernelm_sdk.bus import Bucket, Bus
-from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.events import Event
 from kernelm_sdk.system import Progress
 
 log = logging.getLogger("kernelm.jobs")
 T = TypeVar("T", bound=msgspec.Struct)
+BATCH = 1000  # records that are written at once; the broker takes no more
 PATIENCE_S = 30.0  # for a broker that restarts
 encode = msgspec.json.Encoder().encode
 
@@ -94,6 +97,32 @@ class Records(Generic[T]):
                 if encode(stored) == encode(after):  # our own write, whose answer was lost
                     return before, stored
 
+    async def update_all(self, changes: Mapping[str, Callable[[T], T]]) -> dict[str, tuple[T, T]]:
+        """As `update` for many, in atomic batches; (before, after) of each. Where another writer was first on any of them, or
+        it is not known whether a batch was stored, its records are written one by one."""
+        done: dict[str, tuple[T, T]] = {}
+        ids = sorted(changes)
+        for some in (ids[at : at + BATCH] for at in range(0, len(ids), BATCH)):
+            try:
+                done |= await self._store({id: changes[id] for id in some})
+            except Fault as fault:
+                if not fault.retriable:
+                    raise
+                log.warning("a batch of %d records is written one by one: %s", len(some), fault.message)
+                done |= {id: await self.update(id, changes[id]) for id in some}
+        return done
+
+    async def _store(self, changes: Mapping[str, Callable[[T], T]]) -> dict[str, tuple[T, T]]:
+        async with contextlib.AsyncExitStack() as stack:
+            for id in sorted(changes):
+                await stack.enter_async_context(self._locks[id])
+            pairs = {id: (before := self.need(id), change(before)) for id, change in changes.items()}
+            new = [(id, after) for id, (before, after) in pairs.items() if after is not before]
+            records = [(f"{self._prefix}.{id}", after, self._cache[id][1]) for id, after in new]
+            for (id, after), revision in zip(new, await self._bucket.put_all(records), strict=True):
+                self._cache[id] = after, revision
+            return pairs
+
     def remember(self, id: str, record: T) -> None:
         """Change the cache only: for news that is worth showing but not a write to disk."""
         if id in self._cache:
@@ -108,6 +137,7 @@ class Table:
         self.jobs: Records[JobRecord] = Records(bus.bucket("jobs", JobRecord), "job")
         self.runs: Records[RunRecord] = Records(bus.bucket("runs", RunRecord), "run")
         self.deployments: Records[Deployment] = Records(bus.bucket("deployments", Deployment), "model")
+        self.attempts: Records[Attempt] = Records(bus.bucket("deployments", Attempt), "attempt")
         self.heard: dict[str, float] = {}  # job -> monotonic time of the last sign of it
         self.listeners: list[Callable[[JobRecord], None]] = []  # told of every change of a job, after it is on disk
         self._written: dict[str, float] = {}  # job -> monotonic time of the last progress on disk
@@ -115,7 +145,7 @@ class Table:
 
     async def load(self) -> None:
         """Read all records. What is under way counts as heard now: nobody could report while this service was away."""
-        for records in (self.jobs, self.runs, self.deployments):
+        for records in (self.jobs, self.runs, self.deployments, self.attempts):
             await records.load()
         self.heard = {job.id: time.monotonic() for job in self.jobs.values() if job.state in HOLDING}
 
@@ -137,17 +167,28 @@ class Table:
                 self._tell(after)
         return after
 
-    async def explain(self, id: str, why: str, loudly: bool = False) -> None:
-        """Put a reason on the record of a waiting job, with an event if it is one that an operator should see."""
+    async def move_all(self, changes: Mapping[str, Callable[[JobRecord], JobRecord]]) -> dict[str, JobRecord]:
+        """As `move` for many jobs, in atomic batches. A new reason is an event too."""
+        pairs = await self.jobs.update_all(changes)
+        for id, (before, after) in pairs.items():
+            if after is before:
+                continue
+            if after.state != before.state:
+                self.heard[id] = time.monotonic()
+                self._announce(after)
+            else:
+                if after.why != before.why:
+                    self._post(after)
+                self._tell(after)
+        return {id: after for id, (_, after) in pairs.items()}
 
-        def change(job: JobRecord) -> JobRecord:
-            return msgspec.structs.replace(job, why=why) if job.state == "queued" and job.why != why else job
+    async def explain(self, reasons: Mapping[str, str]) -> None:
+        """Put reasons on the records of waiting jobs, each with an event."""
 
-        before, after = await self.jobs.update(id, change)
-        if after is not before:
-            self._tell(after)
-            if loudly:
-                self._post(after)
+        def because(why: str) -> Callable[[JobRecord], JobRecord]:
+            return lambda job: msgspec.structs.replace(job, why=why) if job.state == "queued" and job.why != why else job
+
+        await self.move_all({id: because(why) for id, why in reasons.items() if self.jobs.get(id)})
 
     async def progress(self, id: str, epoch: int, progress: Progress) -> None:
         """Show how far the owner of `epoch` got at once, and write and publish it at most once a second."""

@@ -13,12 +13,13 @@ import pytest
 from kernelm.testing.harness import System, until
 from kernelm_contracts.data import Data, DatasetCard, Prepared, PrepareRequest
 from kernelm_contracts.jobs import JobName, JobRecord, Jobs, RunName, RunRecord, RunSpec, RunView
-from kernelm_contracts.server import ServedModel, Server
+from kernelm_contracts.server import ClassifyReply, ClassifyRequest, ServedModel, Server
 from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.enrollment import join
-from kernelm_sdk.plugin import Context, Job, Manifest, Plugin, Resources, load_plugin
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.plugin import Call, Context, Job, Manifest, Plugin, Resources, load_plugin
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import (
     Diagnosis,
@@ -77,6 +78,16 @@ class ScriptedServer(Plugin, Server):
     def models(self) -> tuple[str, ...]:
         return (self.settings.model.name,) if self.settings.model else ()
 
+    async def classify(self, request: ClassifyRequest, call: Call) -> ClassifyReply:
+        served = self.settings.model
+        assert served is not None
+        if served.artifact == digest("failing"):
+            raise RuntimeError("this model fails at every call")
+        if served.generation < request.at_least:
+            raise ClientFault("stale_generation", f"{served.name} is at {served.generation}", retriable=True,
+                              generation=served.generation, pool=self.context.pool)  # fmt: skip
+        return ClassifyReply(served.name, served.generation, served.artifact, (), 0, 0.0)
+
 
 FACTORIES: dict[str, type[Plugin]] = {
     "data": ScriptedData, "trainer": ScriptedTrainer, "encoder": ScriptedServer, "scheduler": SchedulerPlugin,
@@ -99,6 +110,7 @@ class InProcessNode:
         scratch.mkdir(parents=True, exist_ok=True)
         context = Context(bus, request.instance, request.pool, manifest, scratch)
         member = Member(bus, request.instance, manifest.name, manifest.version, manifest.contracts, manifest.max_jobs)
+        member.own_process = False  # it lives in the test's: one that is shut out must not end it
 
         async def build(settings: dict[str, Any]) -> Plugin:
             return load_plugin(manifest, context, settings, self.factories[request.plugin])

@@ -3,10 +3,11 @@
 import msgspec
 import pytest
 
-from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec
+from kernelm_contracts.jobs import DeployRequest, JobRecord, JobSpec
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, NodeState, PendingJob, PlacedJob
-from kernelm_jobs.deployment import already_serves, outdated_pools, pool_spec, trouble
-from kernelm_jobs.rounds import check, choose, cluster_state, deadlock, pending_job, plugins_for, workers
+from kernelm_jobs.checks import check
+from kernelm_jobs.deployment import pool_spec
+from kernelm_jobs.rounds import choose, cluster_state, deadlock, pending_job, plugins_for, workers
 from kernelm_sdk.system import Destination, Instance, NodeReport, PoolSpec, Resources, Route, SystemState
 
 
@@ -120,20 +121,3 @@ def test_a_child_that_can_never_run_beside_its_parent_is_found() -> None:
     assert deadlock(jobs["small"], jobs, nodes) == ""
     assert deadlock(jobs["stranger"], jobs, nodes) == ""
     assert deadlock(jobs["child"], jobs, [*nodes, NodeState("second", Resources(1.0, 600), Resources(0.0, 0))]) == ""
-
-
-def test_deployments() -> None:
-    record = Deployment("news", 1, MODEL, SERVING, "encoder", "j")
-    assert MODEL_POOL.settings == {"model": {"name": "news", "artifact": MODEL, "generation": 1}}
-    assert already_serves(DeployRequest("news", MODEL), record, SYSTEM)
-    assert not already_serves(DeployRequest("news", OTHER), record, SYSTEM)
-    assert not already_serves(DeployRequest("news", MODEL), record, msgspec.structs.replace(SYSTEM, instances=()))
-    assert outdated_pools(record, SYSTEM) == []
-    assert outdated_pools(Deployment("news", 2, OTHER, "news-g2-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
-    assert outdated_pools(Deployment("news", 1, OTHER, "news-g1-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
-    starting = msgspec.structs.replace(SYSTEM, pools=(*SYSTEM.pools, pool_spec(DeployRequest("news", OTHER), 2, "local")))
-    assert outdated_pools(record, starting) == []  # the next generation is none of the current one's business
-    fault = trouble(SERVING, msgspec.structs.replace(SYSTEM, health={f"pool {SERVING}": "quarantined: 6 failures"}))
-    assert fault is not None
-    assert fault.message == f"pool {SERVING} is quarantined: 6 failures"
-    assert trouble(SERVING, SYSTEM) is None

@@ -1,6 +1,7 @@
 """The job table through a real broker and a real kernel: placing, fencing, resuming, deploying."""
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -8,14 +9,14 @@ import pytest
 
 from kernelm.testing.harness import until
 from kernelm_contracts.jobs import JobChanged, JobName, JobQuery, Jobs, JobSpec, RunName
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, Scheduler
 from kernelm_contracts.trainer import Trained, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Received
 from kernelm_sdk.plugin import Job, JobCancelled
-from kernelm_sdk.system import Report, Work
+from kernelm_sdk.system import InstanceChanged, Report, Work
 
 Kit = Any  # of conftest.py, which can't be imported
 PREPARE = {"uses": "data/1.prepare", "with": {"source": "s"}, "resources": {"cpu": 0.5}}
@@ -128,8 +129,8 @@ async def test_who_lost_a_job_can_write_nothing_to_it(kit: Kit) -> None:
     job = await kit.job(f"{run.id}-train", lambda j: j.state == "running")
     owner = kit.node.members[job.instance][0].bus
     result = msgspec.to_builtins(kit.trained("forged"))
-    intruder: Bus = await kit.system.connect("artifacts")
-    with pytest.raises(ClientFault, match="artifacts reports") as refusal:
+    intruder: Bus = await kit.system.connect("gateway")
+    with pytest.raises(ClientFault, match="gateway reports") as refusal:
         await intruder.call(Work.report, Report(job.id, job.epoch, result=result))
     assert refusal.value.code == "stale_epoch"
     for epoch in (job.epoch - 1, job.epoch + 1):
@@ -138,9 +139,26 @@ async def test_who_lost_a_job_can_write_nothing_to_it(kit: Kit) -> None:
         assert refusal.value.code == "stale_epoch"
     now = await kit.bus.call(Jobs.get, JobName(job.id))
     assert (now.state, now.checkpoint, now.result) == ("running", "", {})
+    for checkpoint in ("sha256:1", "sha256:2", "sha256:1"):  # the last one is the first one again, late
+        await owner.call(Work.report, Report(job.id, job.epoch, checkpoint=checkpoint))
+    assert (await kit.bus.call(Jobs.get, JobName(job.id))).checkpoint == "sha256:2"
     await owner.call(Work.report, Report(job.id, job.epoch, result=result))
     await owner.call(Work.report, Report(job.id, job.epoch, result=result))  # its answer was lost: told again
     assert (await kit.bus.call(Jobs.get, JobName(job.id))).state == "done"
+
+
+async def test_only_the_kernel_s_word_on_an_instance_counts(kit: Kit) -> None:
+    await kit.pools("scheduler", "trainer")
+    kit.acts["train"] = forever
+    run = await kit.submit(ALONE)
+    job = await kit.job(f"{run.id}-train", lambda j: j.state == "running")
+    liar = kit.node.members[job.instance][0].bus
+    await liar.publish(InstanceChanged(instance=job.instance, plugin="trainer", pool="trainer", state="lost", was="ready"))
+    await kit.bus.publish(InstanceChanged(instance=job.instance, plugin="trainer", pool="trainer", state="lost", was="ready"))
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        now = await kit.bus.call(Jobs.get, JobName(job.id))
+        assert (now.state, now.epoch) == ("running", job.epoch), now.why
 
 
 async def test_without_a_scheduler_jobs_wait_and_say_so(kit: Kit) -> None:
@@ -255,6 +273,8 @@ class Greedy(SchedulerPlugin):
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
         return Decisions(request.version, tuple(Decision(j.id, "place", "local", j.plugins[0], "why not") for j in request.pending))
 
+    update = Scheduler.update  # takes no deltas
+
 
 async def test_a_scheduler_that_oversubscribes_is_refused_loudly(kit: Kit) -> None:
     kit.factories["scheduler"] = Greedy
@@ -350,7 +370,7 @@ async def test_a_deployment_can_be_cancelled_while_it_starts(kit: Kit) -> None:
         return all(not p.pool.startswith("news-g1") for p in (await kit.system.state()).pools)
 
     await until(gone)
-    assert (await kit.end((await kit.submit(deploy(kit, "m1"))).id)).jobs[0].result["generation"] == 1
+    assert (await kit.end((await kit.submit(deploy(kit, "m1"))).id)).jobs[0].result["generation"] == 2  # no number twice
 
 
 async def test_a_deployment_goes_on_after_the_service_was_killed(kit: Kit) -> None:

@@ -64,5 +64,15 @@ def test_bad_input_does_not_get_better() -> None:
     assert failed(record(), FaultBody("client", "busy", "later", retriable=True)).state == "queued"
 
 
+@pytest.mark.parametrize(("whose", "code"), [("kernel", "corrupt_artifact"), ("client", "not_found")])
+def test_a_damaged_checkpoint_costs_the_progress_and_not_the_job(whose: str, code: str) -> None:
+    fault = FaultBody(whose, code, "state.json differs", details={"digest": "sha256:c"})  # type: ignore[arg-type]
+    again = failed(record(checkpoint="sha256:c"), fault)
+    assert (again.state, again.checkpoint, again.why) == ("queued", "", "state.json differs")
+    other = failed(record(checkpoint="sha256:other"), fault)
+    assert other.checkpoint == "sha256:other"
+    assert other.state == ("dead" if whose == "client" else "queued"), "a missing input does not get better"
+
+
 def test_the_diagram_shows_every_transition() -> None:
     assert diagram().count("-->") == len(TRANSITIONS) + len(FINAL)

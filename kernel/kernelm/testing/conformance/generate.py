@@ -12,7 +12,17 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 Schema = dict[str, Any]
-TEXTS = ("", "a", "news", "The striker scored two goals.", "sha256:" + "0" * 64, "Grüße, 世界", "../../etc/passwd", "a b\tc\n", "🙂" * 3)
+TEXTS = (
+    "",
+    "a",
+    "news",
+    "The striker scored two goals.",
+    "sha256:" + "0" * 64,
+    "Grüße, 世界",
+    "../../etc/passwd",
+    "a b\tc\n",
+    "🙂" * 3,
+)
 DEEP = 6  # below it optional properties are left out, and lists empty
 
 
@@ -77,20 +87,24 @@ class Shapes:
             if name in required or (depth <= DEEP and (full or chance.random() < 0.4)):
                 found[name] = self.valid(below, chance, depth + 1, full)
         if isinstance(more := node.get("additionalProperties"), dict) and depth <= DEEP:
-            found |= {chance.choice(("a", "b", "test")): self.valid(more, chance, depth + 1, full) for _ in range(chance.randint(0, 2))}
+            found |= {
+                chance.choice(("a", "b", "test")): self.valid(more, chance, depth + 1, full) for _ in range(chance.randint(0, 2))
+            }
         return found
 
     def wrong(self, node: Schema, chance: random.Random) -> Iterator[tuple[str, Any]]:
         """(what is wrong, value): each fits but for one place."""
-        for value in ([], "text", 1, True, None):
-            yield f"the body is {value!r} and no object", value
+        bodies: tuple[Any, ...] = ([], "text", 1, True, None)
+        for body in bodies:
+            yield f"the body is {body!r} and no object", body
         target = self.resolve(node)
         for name in target.get("required", ()):
-            value = self.valid(node, chance, full=True)
+            value: Any = self.valid(node, chance, full=True)
             del value[name]
             yield f"without the required `{name}`", value
         for name, below in target.get("properties", {}).items():
-            for other in ({"?": 1}, [[]], "?", -0.5, None):
+            others: tuple[Any, ...] = ({"?": 1}, [[]], "?", -0.5, None)
+            for other in others:
                 if self.problem(below, other):
                     yield f"`{name}` is {other!r}", {**self.valid(node, chance, full=True), name: other}
                     break

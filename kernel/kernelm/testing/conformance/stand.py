@@ -1,0 +1,215 @@
+"""The test stand: a real broker, a real kernel, the artifact store where it is installed, a job table that the checks steer, and
+the plugin as a process of its own, started as a node starts it. One stand serves any number of plugins at a time."""
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kernelm.testing.conformance.driver import JobDriver
+from kernelm.testing.conformance.results import Failed
+from kernelm.testing.conformance.subject import Subject
+from kernelm.testing.conformance.wire import Wire
+from kernelm.testing.harness import System, until
+from kernelm_authority.identity import Grant, write_secret
+from kernelm_sdk.bus import Bus, Credentials
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.runner import Member
+from kernelm_sdk.system import Artifact, Artifacts, PoolSpec, PutArtifact
+
+START_S = 60.0  # from the start of the process to ready
+LOG_LINES = 25
+
+
+class Observed(System):
+    """A system whose broker writes down what it denied."""
+
+    def start_broker(self) -> None:
+        """As before, with a log."""
+        command = [*self.broker.command(), "-l", str(self.home / "broker.log")]
+        self.processes["broker"] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Tap:
+    """What one instance published to the system: subject, body, headers, time (monotonic, s)."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, bytes, dict[str, str], float]] = []
+
+    def of(self, prefix: str) -> list[tuple[str, bytes, dict[str, str], float]]:
+        """Those whose subject begins with `prefix`."""
+        return [m for m in self.messages if m[0].startswith(prefix)]
+
+
+class Instance:
+    """One process of the plugin."""
+
+    def __init__(self, stand: "Stand", subject: Subject, pool: str, name: str) -> None:
+        self.stand, self.subject, self.pool, self.name = stand, subject, pool, name
+        self.tap = Tap()
+        self.wire = Wire(stand.system.admin, name, pool)
+        self.keys: set[str] = set()  # public nkeys that it has used
+        self.process: subprocess.Popen[bytes]
+        self.token = stand.system.home / "run" / "tokens" / name
+        self.log = stand.system.home / "logs" / f"{name}.log"
+        self.scratch = stand.system.home / "scratch" / name
+
+    def spawn(self) -> None:
+        """Start the process, with a token of its own."""
+        manifest, stand = self.subject.manifest, self.stand
+        grant = Grant("plugin", self.name, self.pool, manifest.name, calls=manifest.calls)
+        token = stand.system.authority.token(self.name, grant)
+        ticket = msgspec.json.decode(base64.urlsafe_b64decode(token + "==="), type=Credentials)
+        stand.joining[ticket.user] = self
+        write_secret(self.token, token)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("KERNELM_")}
+        path = os.pathsep.join([str(self.subject.root), *filter(None, [kept.get("PYTHONPATH")])])
+        environment = kept | {
+            "KERNELM_URL": stand.system.broker.url, "KERNELM_INSTANCE": self.name, "KERNELM_PLUGIN": manifest.name,
+            "KERNELM_POOL": self.pool, "KERNELM_SCRATCH": str(self.scratch), "KERNELM_MANIFEST": str(self.subject.file),
+            "KERNELM_TOKEN_FILE": str(self.token), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        command = self.subject.command or (sys.executable, "-m", "kernelm_sdk.runner")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, cwd=self.subject.folder, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, start_new_session=True)  # fmt: skip
+
+    async def ready(self) -> None:
+        """Wait until it is, or Failed with the end of its log."""
+        state = self.stand.system.kernel
+        assert state is not None
+
+        def there() -> bool:
+            known = state.registry.instances.get(self.name)
+            return self.process.poll() is not None or (known is not None and known.state == "ready")
+
+        try:
+            await until(there, START_S)
+        except AssertionError:
+            raise Failed(f"it is not ready {START_S:g} s after its start", self.last_lines(),
+                         "say hello, serve and say ready: kernel/PROTOCOL.md, 'The life of an instance'") from None  # fmt: skip
+        if (code := self.process.poll()) is not None:
+            raise Failed(f"it ended with code {code} before it was ready", self.last_lines(), "see the end of its log")
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-LOG_LINES:])
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def ended(self, timeout_s: float) -> int | None:
+        """Its exit code, or None if it has not ended in time."""
+        try:
+            return await asyncio.to_thread(self.process.wait, timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    async def end(self) -> None:
+        """Whatever it does."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.ended(10)
+
+
+class Stand:
+    """`async with Stand() as stand:` then `await stand.start(subject, settings)`."""
+
+    def __init__(self) -> None:
+        self.system = Observed()
+        self.driver = JobDriver()
+        self.joining: dict[str, Instance] = {}  # the user of a join token -> who it is for
+        self.instances: dict[str, Instance] = {}
+        self.refused: dict[str, int] = {}  # instances whose hello is refused -> how often that has happened
+        self.has_store = importlib.util.find_spec("kernelm_artifacts") is not None
+
+    async def __aenter__(self) -> "Stand":
+        await self.system.__aenter__()
+        try:
+            await self._prepare()
+        except BaseException:
+            await self.system.__aexit__()
+            raise
+        return self
+
+    async def _prepare(self) -> None:
+        kernel = self.system.kernel
+        assert kernel is not None
+        hello = kernel.registry.hello
+
+        async def maybe(request: Any, grant: Any, node: str) -> Any:
+            if request.instance in self.refused:
+                self.refused[request.instance] += 1
+                raise ClientFault("version_mismatch", f"{request.plugin} offers another schema than the kernel has",
+                                  "install matching versions")  # fmt: skip
+            return await hello(request, grant, node)
+
+        kernel.registry.hello = maybe  # type: ignore[method-assign, assignment]
+        self.driver.bus = await self.system.connect("jobs")
+
+        async def build(_: dict[str, Any]) -> JobDriver:
+            return self.driver
+
+        await self.system.member(Member(self.driver.bus, "jobs", "jobs", "", ("work/1",)), build)
+        if self.has_store:
+            await self.system.service("artifacts")
+        for pattern in ("evt.>", "$KV.leases.>", "impl.kernel.>", "impl.jobs.>", "impl.artifacts.>"):
+            await kernel.bus._subscribe(pattern, None, "", self._seen)
+
+    def _seen(self, msg: Any) -> None:
+        who = msg.subject.rpartition(".")[2]
+        instance = self.joining.get(who) or self.instances.get(who)
+        if instance is None:
+            return
+        instance.tap.messages.append((msg.subject, msg.data, dict(msg.headers or {}), time.monotonic()))
+        if ".kernel.v1.enroll." in msg.subject or ".kernel.v1.renew." in msg.subject:
+            with contextlib.suppress(msgspec.DecodeError, KeyError, TypeError):
+                instance.keys.add(msgspec.json.decode(msg.data)["public_key"])
+
+    def start(self, subject: Subject, settings: dict[str, Any], pool: str = "", refuse: bool = False) -> Instance:
+        """Start an instance; `await instance.ready()` waits for it. In `pool`, or one of its own."""
+        kernel = self.system.kernel
+        assert kernel is not None
+        name = f"{subject.manifest.name}-{secrets.token_hex(3)}"
+        pool = pool or f"pool-{name}"
+        kernel.supervisor.pools[pool] = PoolSpec(pool, subject.manifest.name, settings=settings, contracts=False, parked=True)
+        instance = self.instances[name] = Instance(self, subject, pool, name)
+        if refuse:
+            self.refused[name] = 0
+        instance.spawn()
+        return instance
+
+    async def store(self, folder: Path, kind: str) -> str:
+        """Put a folder into the store; its digest."""
+        stored: Artifact = await self.system.admin.call(Artifacts.put, PutArtifact(str(folder), kind), timeout_s=60.0)
+        return stored.digest
+
+    def denials(self, instance: Instance) -> list[str]:
+        """Lines of the broker's log about what it denied to this instance."""
+        file = self.system.home / "broker.log"
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        return [line for line in lines if "Violation" in line and any(key in line for key in instance.keys)]
+
+    def bus(self) -> Bus:
+        """The checks' own identity: the administrator."""
+        return self.system.admin
+
+    async def __aexit__(self, *_: object) -> None:
+        for instance in self.instances.values():
+            await instance.end()
+        await self.system.__aexit__()

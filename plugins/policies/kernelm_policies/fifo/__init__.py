@@ -1,0 +1,1 @@
+"""First in, first out: `plugin.py` is all of it."""

@@ -1,0 +1,1 @@
+"""Max-min fairness over unlike accelerators: `plugin.py` is all of it."""

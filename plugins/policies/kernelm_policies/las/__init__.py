@@ -1,0 +1,1 @@
+"""Least attained service: `plugin.py` is all of it."""

@@ -1,0 +1,26 @@
+"""Least attained service in two queues: Tiresias-L (Gu et al., NSDI 2019, section 3.2). A job begins in the first queue and goes
+to the second once it has had `threshold_s` device seconds; within a queue first in, first out; the first queue preempts."""
+
+from typing import Any
+
+from msgspec import Struct
+
+from kernelm_contracts.scheduler import ClusterState, Decisions, Scheduler
+from kernelm_policies import ranked
+from kernelm_sdk.plugin import Plugin
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True):
+    threshold_s: float = 14400.0  # device seconds in the first queue: four devices for an hour
+
+
+class Las(Plugin, Scheduler):
+    """Needs no knowledge of what is left."""
+
+    Settings = Settings
+    resizes = False
+
+    async def decide(self, request: ClusterState, call: Any) -> Decisions:
+        threshold = self.settings.threshold_s
+        return ranked.decide(
+            request, lambda job: (float(job.served_s >= threshold), job.submitted, job.id), "least attained service")

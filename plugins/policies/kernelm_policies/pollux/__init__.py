@@ -1,0 +1,1 @@
+"""Goodput: `plugin.py` is all of it."""

@@ -1,0 +1,1 @@
+"""Goodput over unlike accelerators: `plugin.py` is all of it."""

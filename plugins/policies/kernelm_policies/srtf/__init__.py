@@ -1,0 +1,1 @@
+"""Shortest remaining time first: `plugin.py` is all of it."""

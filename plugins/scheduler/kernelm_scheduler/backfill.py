@@ -1,0 +1,137 @@
+"""Reservations: what the first waiting jobs will need, at the time at which they can start by the estimates that there are.
+
+Conservative backfill (Mu'alem and Feitelson 2001): others go ahead only if they end before the first reservation, or take what no
+reserved job will need. Where the ends are not known, what a reserved job asks for is withheld from everybody.
+"""
+
+import numpy as np
+
+from kernelm_contracts.scheduler import PendingJob, Share
+from kernelm_scheduler.amounts import allocation_of, end_of, left_s
+from kernelm_scheduler.index import Ask, Index, Matrix
+from kernelm_scheduler.room import Found, Room
+from kernelm_sdk.system import Resources
+
+SOON_S = 1.0  # a job that was told to stop is away by then, for all that is known
+
+
+class Reservations:
+    """What is withheld from those behind, in one round."""
+
+    def __init__(self, index: Index, room: Room, stopped: dict[str, tuple[Share, ...]]) -> None:
+        self.index, self.room = index, room
+        self.count = self._tried = 0
+        self._base: list[tuple[float, int, Matrix]] | None = None  # of the placed jobs
+        self.stopped: dict[str, tuple[Share, ...]] = stopped  # placed jobs that were changed in this round
+        self.until = float("inf")  # the first reservation's time; who ends before it is in nobody's way
+        self._reserved: Matrix = np.zeros_like(room.free)
+        self._started: list[tuple[float, Resources, tuple[Share, ...]]] = []  # in this round: end, what it holds
+        self._ends: tuple[Matrix, np.ndarray[tuple[int], np.dtype[np.intp]], Matrix] | None = None  # time, row, amounts
+
+    def started(self, job: PendingJob, shares: tuple[Share, ...]) -> None:
+        if (left := left_s(job)) > 0:
+            self._started.append((self.index.now + left, job.request, shares))
+            self._ends = None
+
+    def changed(self) -> None:
+        """Placed jobs were stopped or shrunk, and end otherwise than was thought."""
+        self._base = self._ends = None
+
+    def reserve(self, job: PendingJob, ask: Ask) -> float:
+        """Withhold what `job` will need; when it will start (Unix seconds), 0 for not known."""
+        self._tried += 1
+        if not self._served(ask):
+            return 0.0
+        best: tuple[float, Found, Matrix] | None = None
+        for type in self.index.options(ask):
+            found = self._earliest(ask, type, best[0] if best else float("inf"))
+            if found and (best is None or found[0] < best[0]):
+                best = found
+        if best is not None:
+            at, place, freed = best
+            self.until = min(self.until, at)
+        else:
+            at, freed = 0.0, np.zeros_like(self.room.free)
+            place_or_none = self._soonest(ask)
+            if place_or_none is None:
+                return 0.0
+            place, self.until = place_or_none, self.index.now
+        self.count += 1
+        self._withhold(ask, place, freed)
+        return at
+
+    @property
+    def full(self) -> bool:
+        return self._tried >= self.index.settings.reservations
+
+    def _served(self, ask: Ask) -> bool:
+        """Whether any node that could hold it has a plugin for it: room kept for a job without one would be wasted."""
+        return any((self.room.slots[plugin][self.index.candidates(ask, type)] >= 0).any()
+                   for plugin in ask.plugins if plugin in self.room.slots for type in self.index.options(ask))  # fmt: skip
+
+    def _withhold(self, ask: Ask, place: Found, freed: Matrix) -> None:
+        room = self.room
+        if room.long is room.free:
+            room.long = room.free.copy()
+        for row, members in place.rows:
+            self._reserved[row] += self.index.need(ask, place.type) * members
+            lacking = np.maximum(self._reserved[row] - freed[row], 0.0)
+            room.long[row] = np.minimum(room.long[row], room.free[row] - lacking)
+        room.touch()
+
+    def _timeline(self) -> tuple[Matrix, np.ndarray[tuple[int], np.dtype[np.intp]], Matrix]:
+        if self._ends is None:
+            if self._base is None:
+                now, placed = self.index.now, self.index.placed.values()
+                ends = [(now + SOON_S if p.leaving else end_of(p, now), p.request, allocation_of(p)) for p in placed
+                        if p.id not in self.stopped]  # fmt: skip
+                self._base = self._parts([entry for entry in ends if entry[0] > 0])
+            parts = [*self._base, *self._parts(self._started)]
+            parts.sort(key=lambda part: (part[0], part[1], part[2].tolist()))
+            self._ends = (np.array([p[0] for p in parts]), np.array([p[1] for p in parts], dtype=np.intp),
+                          np.array([p[2] for p in parts]).reshape(len(parts), self.room.free.shape[1]))  # fmt: skip
+        return self._ends
+
+    def _parts(self, ends: list[tuple[float, Resources, tuple[Share, ...]]]) -> list[tuple[float, int, Matrix]]:
+        return [(end, row, amount) for end, request, shares in ends for row, amount, _ in self.room.amounts(request, shares)]
+
+    def _earliest(self, ask: Ask, type: str, before: float) -> tuple[float, Found, Matrix] | None:
+        """When and where it fits first, before a time, and what will have been freed by then."""
+        times, rows, amounts = self._timeline()
+
+        def at(count: int) -> tuple[Found | None, Matrix]:
+            freed = np.zeros_like(self.room.free)
+            np.add.at(freed, rows[:count], amounts[:count])
+            matrix = self.room.free + freed - self._reserved
+            return self.room.gang(ask, ask.members, type, "", matrix, slots=False), freed
+
+        low, high = 0, int(np.searchsorted(times, before, "left"))
+        found, freed = at(high)
+        if found is None:
+            return None
+        while low < high:  # the more has ended, the more room: search for the first end that is enough
+            middle = (low + high) // 2
+            earlier, freed_then = at(middle)
+            if earlier is None:
+                low = middle + 1
+            else:
+                high, found, freed = middle, earlier, freed_then
+        return (float(times[high - 1]) if high else self.index.now), found, freed
+
+    def _soonest(self, ask: Ask) -> Found | None:
+        """Where the ends are not known: the node that lacks the least, as a share of its capacity; for a gang any that will do."""
+        for type in self.index.options(ask):
+            left = self.index.capacity - self._reserved
+            if ask.members > 1:
+                found = self.room.gang(ask, ask.members, type, "", left, slots=False)
+                if found:
+                    return found
+                continue
+            able = np.flatnonzero(self.room.fitting(ask, type, "", left, slots=False))
+            if not len(able):
+                continue
+            need, capacity = self.index.need(ask, type), self.index.capacity[able]
+            short = np.maximum(need + self._reserved[able] - self.room.free[able], 0.0)
+            lack = np.divide(short, capacity, out=np.zeros_like(short), where=capacity > 0).sum(axis=1)
+            return Found(((int(able[np.argmin(lack)]), 1),), type, "", 0.0)
+        return None

@@ -1,0 +1,91 @@
+"""Why a job waits or can never run, in words for people, and what would start it."""
+
+import numpy as np
+
+from kernelm_contracts.scheduler import PendingJob
+from kernelm_scheduler.amounts import listed, shortage, words
+from kernelm_scheduler.index import Ask, Index
+from kernelm_scheduler.quotas import Ledger
+from kernelm_scheduler.room import Room
+from kernelm_sdk.system import Resources
+
+SMALL = 3  # candidates up to which each is named; beyond, the words do not change whenever a node does
+
+
+def impossible(ask: Ask, index: Index, ledger: Ledger) -> str:
+    """Why such a job can never run on these nodes under these quotas, however long it waits; "" if it may."""
+    request = ask.request
+    if request.cpu < 0 or request.memory_mb < 0 or request.gpus < 0:
+        return f"asks for a negative amount: {words(request)}, {request.gpus} GPUs"
+    if ask.members < 1:
+        return f"asks for {ask.members} members"
+    known = (index.generation, index.quotas, index.tenants)
+    if ask.never is None or ask.never[0] != known:
+        ask.never = known, ledger.never(ask.tenant, ask.whole) or _too_small(ask, index)
+    return ask.never[1]
+
+
+def _too_small(ask: Ask, index: Index) -> str:
+    if not index.nodes:
+        return ""
+    if ask.members == 1:
+        if any(index.hosts(ask, type).any() for type in index.options(ask)):
+            return ""
+        short = [f"{s} in all" for n in index.names if (s := shortage(ask.request, index.nodes[n].capacity, f"node {n}"))]
+        if len(short) == len(index.names):
+            return "can never run: " + listed(short)
+        return f"can never run: no node has {_devices(ask)}"
+    room = Room(index)
+    for type in index.options(ask):
+        bare = Ask(ask.request, (), ask.tenant, ask.members, ask.types, ask.device_mb, ask.within)  # of any plugin
+        if room.gang(bare, ask.members, type, "", index.capacity, slots=False):
+            return ""
+    where = {"": "all nodes together hold", "node": "no node holds", "link": "no group behind one link holds"}[ask.within]
+    more = " fewer" if not ask.within else ""
+    return f"can never run: {where}{more} {'than ' if more else ''}{ask.members} members of {words(ask.request)}"
+
+
+def _devices(ask: Ask) -> str:
+    types = " or ".join(t for t in ask.types if t) or "any type"
+    memory = f" with {ask.device_mb} MiB" if ask.device_mb else ""
+    return f"{ask.request.gpus} devices of {types}{memory}"
+
+
+def waits(job: PendingJob, ask: Ask, index: Index, room: Room) -> tuple[str, str]:
+    """Why the job can't start now, and what would start it."""
+    if not index.nodes:
+        return "waits: no node has reported", "a node that reports"
+    rows = sorted({int(i) for type in index.options(ask) for i in np.flatnonzero(index.candidates(ask, type))})
+    if len(rows) > SMALL or ask.members > 1:
+        return _summary(ask, index, room, rows)
+    obstacles = [_obstacle(ask, index, room, i) for i in rows]
+    return "waits: " + listed(text for text, _ in obstacles), "; or ".join(dict.fromkeys(remedy for _, remedy in obstacles))
+
+
+def _obstacle(ask: Ask, index: Index, room: Room, row: int) -> tuple[str, str]:
+    name, any_of = index.names[row], " or ".join(ask.plugins) or "any name"
+    slots = [room.slots[p][row] for p in ask.plugins if p in room.slots and room.slots[p][row] >= 0]
+    if not slots:
+        return f"no plugin of {any_of} is ready on node {name}", f"start {any_of} on node {name}"
+    if max(slots) <= 0:
+        return f"every instance of {any_of} on node {name} is at work", f"a job there ends, or another instance of {any_of}"
+    free = [float(x) for x in room.free[row, :3]]
+    if short := shortage(ask.request, Resources(free[0], int(free[1]), int(free[2])), f"node {name}"):
+        return f"{short} free", f"jobs on node {name} end, or a node with room"
+    types = [index.column[t] for t in index.options(ask) if t in index.column]
+    if ask.request.gpus > 0 and types and all(room.free[row, t] < ask.request.gpus for t in types):
+        return f"node {name} has fewer than {_devices(ask)} free", f"jobs on node {name} end, or a node with room"
+    return f"node {name} is kept for a job that is older or higher", "that job starts, or this one's run time is known and short"
+
+
+def _summary(ask: Ask, index: Index, room: Room, rows: list[int]) -> tuple[str, str]:
+    any_of = " or ".join(ask.plugins) or "any name"
+    what = f"{ask.members} times {words(ask.request)}" if ask.members > 1 else words(ask.request)
+    what += f" and {_devices(ask)}" if ask.request.gpus else ""
+    served = [i for i in rows if any(p in room.slots and room.slots[p][i] >= 0 for p in ask.plugins)]
+    if not served:
+        return f"waits: no plugin of {any_of} is ready on any node that could hold it", f"start {any_of}"
+    together = ", all at once" if ask.members > 1 else ""
+    nodes = f"none of {len(served)} nodes has" if ask.members == 1 else f"{len(served)} nodes together have not"
+    return f"waits: needs {what}{together}, {nodes} that free, beside what older or higher jobs wait for", \
+        f"jobs end there, more nodes, or more instances of {any_of}"  # fmt: skip

@@ -1,0 +1,295 @@
+"""The state of the cluster in the form in which it is decided on, kept from round to round and changed by deltas.
+
+An `Index` that was made by deltas gives the same decisions as one made of the whole state at once: sums are exact (`fsum`) and
+do not depend on an order, nodes lie by name, jobs by rank. `tests/test_index.py` shows it for any sequence of changes.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from itertools import chain
+from math import fsum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernelm_contracts.deltas import changes
+from kernelm_contracts.scheduler import (
+    Action,
+    ClusterDelta,
+    ClusterState,
+    ModelState,
+    NodeState,
+    PendingJob,
+    PlacedJob,
+    Share,
+    Tenant,
+)
+from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, size
+from kernelm_scheduler.ordering import rank
+from kernelm_scheduler.settings import Settings
+from kernelm_sdk.system import Resources
+
+Matrix = NDArray[np.float64]
+Entry = tuple[float, float, str, PendingJob, "Ask", float]  # rank, job, its class, run time
+
+
+class Ask:
+    """What jobs of one class ask for: if one of them finds no place, none of them does. `types`: of devices, the fastest first."""
+
+    def __init__(self, request: Resources, plugins: tuple[str, ...], tenant: str, members: int = 1, types: tuple[str, ...] = (),
+                 device_mb: int = 0, within: str = "", avoid: tuple[str, ...] = ()) -> None:  # fmt: skip
+        self.request, self.plugins, self.members, self.types = request, plugins, members, types
+        self.tenant, self.device_mb, self.within, self.avoid = tenant, device_mb, within, avoid
+        self.whole: Amount = amount_of(self.request, members)
+        r = self.request
+        self.key = (r.cpu, r.memory_mb, r.gpus, self.plugins, members, types, self.tenant, device_mb, within, avoid)
+        self.never: tuple[Any, str] | None = None  # cached: for which nodes and quotas, why not
+        self.able: dict[str, tuple[int, NDArray[np.bool_]]] = {}  # cached by type: generation, nodes
+
+    @classmethod
+    def of(cls, job: PendingJob | PlacedJob) -> "Ask":
+        ranked = sorted(job.speeds, key=lambda s: (-_first(s.points, job.members), s.type))
+        types = tuple(s.type for s in ranked)
+        return cls(job.request, job.plugins, job.tenant, job.members, types, job.device_mb, job.within, job.avoid)
+
+
+def _first(points: tuple[tuple[int, float], ...], members: int) -> float:
+    return next((rate for count, rate in points if count >= members), points[-1][1] if points else 0.0)
+
+
+class Index:
+    """Nodes as rows of arrays; columns: cores, MiB, GPUs, then the devices of each type."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.version, self.now, self.source = 0, 0.0, ""
+        self.nodes: dict[str, NodeState] = {}
+        self.pending: dict[str, PendingJob] = {}
+        self.placed: dict[str, PlacedJob] = {}
+        self.models: dict[str, ModelState] = {}
+        self.quotas: dict[str, Resources] = {}
+        self.tenants: tuple[Tenant, ...] = ()
+        self.actions: frozenset[Action] = frozenset()
+        self.order: list[Entry] = []
+        self.deadlines: set[str] = set()  # waiting jobs that have one
+        self.asks: dict[str, Ask] = {}  # waiting job -> its class
+        self.held: dict[str, Amount] = {}
+        self.spread: dict[str, Matrix] = {}  # tenant -> its jobs on each node
+        self.generation = 0  # grows when nodes change in more than what is free
+        self._classes: dict[Any, tuple[Ask, int]] = {}  # key -> class, jobs of it
+        self._of_tenant: dict[str, dict[str, Amount]] = {}  # tenant -> job or model -> what it holds
+        self._layout((), ())
+
+    @classmethod
+    def of(cls, state: ClusterState, settings: Settings) -> "Index":
+        index = cls(settings)
+        index.apply(changes(None, state))
+        return index
+
+    # ---- changes ----
+
+    def apply(self, delta: ClusterDelta) -> None:
+        """Go on to the version of `delta`, which must be based on ours."""
+        self.version, self.now, self.source = delta.version, delta.now, delta.source
+        self.quotas = self.quotas if delta.quotas is None else delta.quotas
+        self.tenants = self.tenants if delta.tenants is None else delta.tenants
+        self.actions = self.actions if delta.actions is None else frozenset(delta.actions)
+        self._change_nodes(delta.nodes, delta.gone_nodes)
+        touched: set[str] = set()
+        for id in chain(delta.gone, (j.id for j in delta.pending), (j.id for j in delta.placed)):
+            self._drop_placed(id, touched)
+        self._drop_pending([*delta.gone, *(j.id for j in delta.pending), *(j.id for j in delta.placed)])
+        for job in delta.placed:
+            self.placed[job.id] = job
+            self._hold(job.tenant, job.id, job.request, allocation_of(job), touched)
+        self._add_pending(delta.pending)
+        for name in (*delta.gone_models, *(m.name for m in delta.models)):
+            if old := self.models.pop(name, None):
+                self._release(old.tenant, f"model {name}", old.allocation, touched)
+        for model in delta.models:
+            self.models[model.name] = model
+            self._hold(model.tenant, f"model {model.name}", model.request, model.allocation, touched)
+        for tenant in touched:
+            parts = self._of_tenant.get(tenant, {}).values()
+            self.held[tenant] = (fsum(p[0] for p in parts), fsum(p[1] for p in parts), fsum(p[2] for p in parts))
+
+    def _hold(self, tenant: str, id: str, request: Resources, shares: Iterable[Share], touched: set[str]) -> None:
+        touched.add(tenant)
+        self._of_tenant.setdefault(tenant, {})[id] = amount_of(request, size(shares))
+        self._count(tenant, shares, 1.0)
+
+    def _release(self, tenant: str, id: str, shares: Iterable[Share], touched: set[str]) -> None:
+        touched.add(tenant)
+        del self._of_tenant[tenant][id]
+        self._count(tenant, shares, -1.0)
+
+    def _count(self, tenant: str, shares: Iterable[Share], sign: float) -> None:
+        if tenant not in self.spread:
+            self.spread[tenant] = np.zeros(len(self.names))
+        for share in shares:
+            if (row := self.row.get(share.node)) is not None:
+                self.spread[tenant][row] += sign
+
+    def _drop_placed(self, id: str, touched: set[str]) -> None:
+        if old := self.placed.pop(id, None):
+            self._release(old.tenant, id, allocation_of(old), touched)
+
+    def _drop_pending(self, ids: list[str]) -> None:
+        old = [job for id in dict.fromkeys(ids) if (job := self.pending.pop(id, None))]
+        for job in old:
+            self.deadlines.discard(job.id)
+            ask, uses = self._classes[self.asks.pop(job.id).key]
+            if uses == 1:
+                del self._classes[ask.key]
+            else:
+                self._classes[ask.key] = ask, uses - 1
+        if len(old) * 16 > len(self.order):
+            gone = {job.id for job in old}
+            self.order = [entry for entry in self.order if entry[2] not in gone]
+        else:
+            for job in old:
+                del self.order[bisect_left(self.order, rank(job, self.settings))]  # type: ignore[type-var]
+
+    def _add_pending(self, jobs: tuple[PendingJob, ...]) -> None:
+        many = len(jobs) * 16 > len(self.order)
+        for job in jobs:
+            self.pending[job.id] = job
+            ask = Ask.of(job)
+            ask, uses = self._classes.get(ask.key, (ask, 0))
+            self._classes[ask.key] = ask, uses + 1
+            self.asks[job.id] = ask
+            if job.deadline > 0:
+                self.deadlines.add(job.id)
+            entry = (*rank(job, self.settings), job, ask, left_s(job))
+            if many:
+                self.order.append(entry)
+            else:
+                insort(self.order, entry)
+        if many:
+            self.order.sort()
+
+    # ---- nodes ----
+
+    def _change_nodes(self, changed: tuple[NodeState, ...], gone: tuple[str, ...]) -> None:
+        layout = (self.names, self.types)
+        for name in gone:
+            self.nodes.pop(name, None)
+        before = {node.name: self.nodes.get(node.name) for node in changed}
+        self.nodes.update({node.name: node for node in changed})
+        if any(old is None for old in before.values()) or gone or any(
+            d.type not in self.column for node in changed for d in node.devices
+        ):
+            types = tuple(sorted({d.type for node in self.nodes.values() for d in node.devices}))
+            self._layout(tuple(sorted(self.nodes)), types)
+        for node in changed if (self.names, self.types) == layout else self.nodes.values():
+            old = before.get(node.name)
+            if old is None or (old.capacity, old.plugins.keys(), _built(old)) != (node.capacity, node.plugins.keys(), _built(node)):
+                self.generation += 1
+            self._fill(self.row[node.name], node)
+
+    def _layout(self, names: tuple[str, ...], types: tuple[str, ...]) -> None:
+        self.generation += 1
+        self.names, self.types = names, types
+        self.row = {name: i for i, name in enumerate(names)}
+        self.column = {type: 3 + i for i, type in enumerate(types)}
+        shape = (len(names), 3 + len(types))
+        self.capacity: Matrix = np.zeros(shape)
+        self.free: Matrix = np.zeros(shape)
+        self.device_mb: Matrix = np.zeros(shape)
+        self.untyped: NDArray[np.bool_] = np.ones(len(names), dtype=bool)
+        self.slots: dict[str, Matrix] = {}
+        self.links: dict[str, list[int]] = {}
+        self.caches: dict[str, dict[int, float]] = {}  # digest -> row -> how near: 0.5 in the cache, 1 loaded
+        self.spread = {}
+        for held in chain(self.placed.values(), self.models.values()):
+            self._count(held.tenant, allocation_of(held) if isinstance(held, PlacedJob) else held.allocation, 1.0)
+        self._links: list[tuple[str, ...]] = [()] * len(names)
+        self._digests: list[tuple[str, ...]] = [()] * len(names)
+
+    def _fill(self, i: int, node: NodeState) -> None:
+        for matrix, resources in ((self.capacity, node.capacity), (self.free, node.free)):
+            matrix[i, :3] = resources.cpu, resources.memory_mb, resources.gpus
+            matrix[i, 3:] = 0.0
+        for devices in node.devices:
+            column = self.column[devices.type]
+            self.capacity[i, column], self.free[i, column] = devices.count, devices.free
+            self.device_mb[i, column] = devices.memory_mb or np.inf
+        self.untyped[i] = not node.devices
+        for plugin in self.slots.keys() - node.plugins.keys():
+            self.slots[plugin][i] = -1.0  # is not there at all
+        for plugin, count in node.plugins.items():
+            if plugin not in self.slots:
+                self.slots[plugin] = np.full(len(self.names), -1.0)
+            self.slots[plugin][i] = count
+        links = tuple(sorted({d.link for d in node.devices if d.link}))
+        if links != self._links[i]:
+            for link in self._links[i]:
+                self.links[link].remove(i)
+            for link in links:
+                insort(self.links.setdefault(link, []), i)
+            self._links[i] = links
+        self._cache(i, node)
+
+    def _cache(self, i: int, node: NodeState) -> None:
+        for digest in self._digests[i]:
+            self.caches[digest].pop(i, None)
+            if not self.caches[digest]:
+                del self.caches[digest]
+        for digest in node.artifacts:
+            self.caches.setdefault(digest, {})[i] = 0.5
+        for digest in node.models:
+            self.caches.setdefault(digest, {})[i] = 1.0
+        self._digests[i] = tuple(dict.fromkeys((*node.artifacts, *node.models)))
+
+    # ---- what an ask needs of a node ----
+
+    def options(self, ask: Ask) -> tuple[str, ...]:
+        """Types of devices that the ask may use, the best first."""
+        if ask.request.gpus <= 0:
+            return ask.types[:1] or ("",)
+        wanted = ask.types or (*self.types, "")
+        return tuple(dict.fromkeys(t for known in wanted for t in ((*self.types, "") if known == "" else (known,))))
+
+    def need(self, ask: Ask, type: str) -> Matrix:
+        """Of one member, by column; the tolerance is taken off."""
+        need = np.zeros(3 + len(self.types))
+        need[:3] = ask.request.cpu, ask.request.memory_mb, ask.request.gpus
+        if ask.request.gpus > 0 and type in self.column:
+            need[self.column[type]] = ask.request.gpus
+        return need
+
+    def hosts(self, ask: Ask, type: str) -> NDArray[np.bool_]:
+        """The nodes that one member fits on, were they empty."""
+        fits = (self.capacity + CPU_TOLERANCE >= self.need(ask, type)).all(axis=1)
+        if ask.request.gpus > 0:
+            if type in self.column:
+                fits &= self.device_mb[:, self.column[type]] >= ask.device_mb
+            elif type == "":
+                fits &= self.untyped
+            else:
+                fits &= False
+        return fits
+
+    def candidates(self, ask: Ask, type: str) -> NDArray[np.bool_]:
+        """Nodes whose capacity suffices, without those to avoid, unless no others that have a plugin are left: then a node on
+        which the job has failed is better than none."""
+        cached = ask.able.get(type)
+        if cached and cached[0] == self.generation:
+            return cached[1]
+        able = self.hosts(ask, type)
+        served = np.zeros(len(self.names), dtype=bool)
+        for plugin in ask.plugins:
+            if plugin in self.slots:
+                served |= self.slots[plugin] >= 0
+        kept = able & served
+        for name in ask.avoid:
+            if name in self.row:
+                kept[self.row[name]] = False
+        able = kept if kept.any() else able
+        ask.able[type] = self.generation, able
+        return able
+
+
+def _built(node: NodeState) -> tuple[tuple[str, int, int, str], ...]:
+    return tuple((d.type, d.count, d.memory_mb, d.link) for d in node.devices)

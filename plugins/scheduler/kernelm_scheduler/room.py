@@ -1,0 +1,213 @@
+"""What is left of the nodes while a round goes on, and where a job fits best."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernelm_contracts.scheduler import PlacedJob, Share
+from kernelm_scheduler.amounts import CPU_TOLERANCE, allocation_of
+from kernelm_scheduler.index import Ask, Index, Matrix
+from kernelm_sdk.system import Resources
+
+NOT = -1e9  # score of a node that doesn't fit
+
+
+class Found(NamedTuple):
+    """A place for all members of an ask."""
+
+    rows: tuple[tuple[int, int], ...]  # (row of a node, members there)
+    type: str  # of the devices
+    plugin: str
+    score: float
+
+
+class Score(NamedTuple):
+    """The terms of a node's score, each between 0 and 1, and their weighted mean."""
+
+    packing: float
+    locality: float
+    spread: float
+    total: float
+
+
+class Room:
+    """Two accounts: `free` is what is left now; `long` what a job may take that stays beyond the first reservation."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.free: Matrix = index.free.copy()
+        self.long: Matrix = self.free  # the same until something is reserved
+        self.slots = {plugin: slots.copy() for plugin, slots in index.slots.items()}
+        self._few = max(len(index.names) // 8, 8)  # changed rows up to which a vector of scores is put right and not made anew
+        self.spread = {tenant: counts.copy() for tenant, counts in index.spread.items()}
+        self._capacity = np.where(index.capacity[:, :3] > 0, index.capacity[:, :3], np.inf)
+        self._dimensions = np.maximum((index.capacity[:, :3] > 0).sum(axis=1), 1)
+        self._vectors: dict[tuple[object, str, str, bool], tuple[Matrix, int]] = {}
+        self._log: list[int] = []  # rows in the order in which they changed
+
+    # ---- finding ----
+
+    def find(self, ask: Ask, artifacts: tuple[str, ...] = (), short: bool = False) -> Found | None:
+        """The best place for all members of `ask`; None if there is none. `short`: it ends before the first reservation."""
+        for type in self.index.options(ask):
+            for plugin in ask.plugins:
+                if plugin not in self.slots:
+                    continue
+                found = (self._one(ask, type, plugin, artifacts, short) if ask.members == 1
+                         else self.gang(ask, ask.members, type, plugin, self._matrix(short)))  # fmt: skip
+                if found:
+                    return found
+        return None
+
+    def _matrix(self, short: bool) -> Matrix:
+        return self.free if short else self.long
+
+    def _one(self, ask: Ask, type: str, plugin: str, artifacts: tuple[str, ...], short: bool) -> Found | None:
+        scores = self._scores(ask, type, plugin, short)
+        if not len(scores):
+            return None
+        best = int(scores.argmax())
+        total = float(scores[best])
+        if total <= NOT:
+            return None
+        for i in sorted({i for digest in artifacts for i in self.index.caches.get(digest, ())}):
+            if scores[i] > NOT and (near := float(scores[i]) + self._locality(i, artifacts)) > total:
+                best, total = i, near
+        return Found(((best, 1),), type, plugin, total / self._weight())
+
+    def _locality(self, i: int, artifacts: tuple[str, ...]) -> float:
+        return self.index.settings.weights.locality * self.locality(i, artifacts)
+
+    def locality(self, i: int, artifacts: tuple[str, ...]) -> float:
+        wanted = set(artifacts)
+        return sum(self.index.caches.get(digest, {}).get(i, 0.0) for digest in wanted) / len(wanted) if wanted else 0.0
+
+    def _weight(self) -> float:
+        weights = self.index.settings.weights
+        return (weights.packing + weights.locality + weights.spread) or 1.0
+
+    def _scores(self, ask: Ask, type: str, plugin: str, short: bool) -> Matrix:
+        """Of every node for one member, without locality; cached, and put right where rows have changed since."""
+        key = (ask.key, type, plugin, short and self.long is not self.free)
+        cached = self._vectors.get(key)
+        if cached is not None:
+            vector, at = cached
+            changed = self._log[at:]
+            if not changed:
+                return vector
+            if len(changed) <= self._few:
+                rows = np.array(list(set(changed)))
+                vector[rows] = self._scored(ask, type, plugin, self._matrix(short), rows)
+                self._vectors[key] = vector, len(self._log)
+                return vector
+        vector = self._scored(ask, type, plugin, self._matrix(short), np.arange(len(self.index.names)))
+        self._vectors[key] = vector, len(self._log)
+        return vector
+
+    def _scored(self, ask: Ask, type: str, plugin: str, matrix: Matrix, rows: NDArray[np.intp]) -> Matrix:
+        weights, need = self.index.settings.weights, self.index.need(ask, type)
+        free = matrix[rows]
+        fits = (free + CPU_TOLERANCE >= need).all(axis=1) & self.index.candidates(ask, type)[rows] & (self.slots[plugin][rows] > 0)
+        unused = ((self.free[rows, :3] - need[:3]) / self._capacity[rows]).sum(axis=1) / self._dimensions[rows]
+        vector = weights.packing * (1.0 - unused)
+        return np.where(fits, vector + weights.spread / (1.0 + self._there(ask.tenant)[rows]), NOT)
+
+    def _there(self, tenant: str) -> Matrix:
+        """The tenant's jobs on each node."""
+        if tenant not in self.spread:
+            self.spread[tenant] = np.zeros(len(self.index.names))
+        return self.spread[tenant]
+
+    def score(self, ask: Ask, found: Found, artifacts: tuple[str, ...]) -> Score:
+        """The terms behind the score of the first node of a place, before it is taken."""
+        i = found.rows[0][0]
+        need = self.index.need(ask, found.type)[:3]
+        unused = float(((self.free[i, :3] - need) / self._capacity[i]).sum() / self._dimensions[i])
+        spread = 1.0 / (1.0 + float(self._there(ask.tenant)[i]))
+        return Score(1.0 - unused, self.locality(i, artifacts), spread, found.score)
+
+    # ---- gangs ----
+
+    def fitting(self, ask: Ask, type: str, plugin: str, matrix: Matrix, slots: bool = True) -> NDArray[np.int64]:
+        """How many members fit on each node."""
+        need = self.index.need(ask, type)
+        used = need > 0
+        counts = np.full(len(self.index.names), 1 << 20)
+        if used.any():
+            counts = np.minimum(counts, np.floor((matrix[:, used] + CPU_TOLERANCE) / need[used]).min(axis=1))
+        if slots and plugin:
+            counts = np.minimum(counts, self.slots[plugin])
+        return np.where(self.index.candidates(ask, type) & (counts > 0), counts, 0).astype(np.int64)
+
+    def gang(self, ask: Ask, members: int, type: str, plugin: str, matrix: Matrix, slots: bool = True) -> Found | None:
+        """A place for `members` members together or not at all: on one node, else behind one fast link, else anywhere, on as
+        few nodes as possible."""
+        counts = self.fitting(ask, type, plugin, matrix, slots)
+        alone = np.flatnonzero(counts >= members)
+        if len(alone):
+            row = int(alone[np.argmin(counts[alone])])  # the fullest that will do
+            return Found(((row, members),), type, plugin, 1.0)
+        if ask.within == "node":
+            return None
+        groups = [np.array(rows) for _, rows in sorted(self.index.links.items()) if counts[rows].sum() >= members]
+        if groups:
+            rows = min(groups, key=lambda g: (int(counts[g].sum()), int(g[0])))
+        elif ask.within == "link" or counts.sum() < members:
+            return None
+        else:
+            rows = np.arange(len(counts))
+        chosen: list[tuple[int, int]] = []
+        left = members
+        for row in rows[np.lexsort((rows, -counts[rows]))]:
+            if left <= 0:
+                break
+            some = min(int(counts[row]), left)
+            chosen.append((int(row), some))
+            left -= some
+        return Found(tuple(chosen), type, plugin, 1.0 / len(chosen))
+
+    # ---- taking and giving ----
+
+    def take(self, ask: Ask, found: Found, short: bool = False) -> tuple[Share, ...]:
+        """The allocation, which is now gone from the room."""
+        for row, members in found.rows:
+            need = self.index.need(ask, found.type) * members
+            self.free[row] -= need
+            if self.long is not self.free:
+                self.long[row] = np.minimum(self.long[row], self.free[row]) if short else self.long[row] - need
+            self.slots[found.plugin][row] -= members
+            self._there(ask.tenant)[row] += 1.0
+            self._log.append(row)
+        return tuple(Share(self.index.names[row], members, found.type if ask.request.gpus > 0 else "")
+                     for row, members in found.rows)  # fmt: skip
+
+    def give(self, request: Resources, shares: tuple[Share, ...], plugin: str = "", sign: float = 1.0) -> None:
+        """Put back what an allocation holds (take it, with sign -1)."""
+        for row, amount, members in self.amounts(request, shares):
+            self.free[row] += sign * amount
+            if self.long is not self.free:
+                self.long[row] += sign * amount
+            if plugin in self.slots and self.slots[plugin][row] >= 0:
+                self.slots[plugin][row] += sign * members
+            self._log.append(row)
+
+    def release(self, job: PlacedJob, sign: float = 1.0) -> None:
+        self.give(job.request, allocation_of(job), job.plugins[0] if job.plugins else "", sign)
+
+    def amounts(self, request: Resources, shares: tuple[Share, ...]) -> list[tuple[int, Matrix, int]]:
+        """(row, amounts by column, members) of each share on a node that is there."""
+        result = []
+        for share in shares:
+            if (row := self.index.row.get(share.node)) is None:
+                continue
+            amount = np.zeros(3 + len(self.index.types))
+            amount[:3] = request.cpu, request.memory_mb, request.gpus
+            if request.gpus > 0 and share.type in self.index.column:
+                amount[self.index.column[share.type]] = request.gpus
+            result.append((row, amount * share.members, share.members))
+        return result
+
+    def touch(self) -> None:
+        """Forget cached scores: reservations have changed the room."""
+        self._vectors.clear()

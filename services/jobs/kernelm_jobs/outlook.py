@@ -1,0 +1,59 @@
+"""Why a job waits, and when a run would start: asked of the scheduler now, and nothing is changed."""
+
+import time
+
+from msgspec import structs
+
+from kernelm_contracts.jobs import JobRecord, Outlook, Plan, RunSpec
+from kernelm_contracts.scheduler import Decision, PendingJob
+from kernelm_jobs.asking import Asking
+from kernelm_jobs.cluster import Cluster
+from kernelm_jobs.dispatch import Dispatcher
+from kernelm_jobs.pipeline import spec_of
+from kernelm_jobs.rounds import pending_job
+from kernelm_jobs.table import Table
+from kernelm_sdk.bus import Bus
+
+
+class Outlooks:
+    """A second line of questions to the scheduler, beside that of the rounds."""
+
+    def __init__(self, bus: Bus, table: Table, cluster: Cluster, dispatcher: Dispatcher) -> None:
+        self._table, self._cluster, self._dispatcher = table, cluster, dispatcher
+        self._asking = Asking(bus, f"{bus.user}-{bus.boot}-outlook")
+
+    async def why(self, id: str) -> Outlook:
+        """ClientFault "not_found" where there is no such job; faults of the scheduler where it does not answer."""
+        job = self._table.jobs.need(id)
+        if job.state != "queued":
+            return Outlook(job.id, job.spec.name, job.state, node=job.node, reason=job.why)
+        decisions = await self._decided(())
+        return _outlook(job.id, job.spec.name, "queued", decisions)
+
+    async def plan(self, run: RunSpec) -> Plan:
+        system = await self._cluster.system()
+        installed = {name: m.contracts for name, m in self._cluster.manifests(system).items()}
+        planned: list[PendingJob] = []
+        for stage in run.stage:
+            record = JobRecord(f"planned {stage.name}", spec_of(run, stage), "", submitted=time.time())
+            planned.append(pending_job(record, system, installed))
+        found = []
+        for job in planned:  # each by itself: they start one after the other, not at once
+            found.append(_outlook(job.id, job.name, "planned", await self._decided((job,))))
+        return Plan(tuple(structs.replace(outlook, job="") for outlook in found))
+
+    async def _decided(self, planned: tuple[PendingJob, ...]) -> list[Decision]:
+        queued = [job for job in self._table.jobs.values() if job.state == "queued"]
+        state, _ = await self._dispatcher.state(queued, planned)
+        return list((await self._asking.decide(state)).decisions)
+
+
+def _outlook(id: str, name: str, state: str, decisions: list[Decision]) -> Outlook:
+    """The one outlook on a job among all decisions of a round."""
+    ahead = 0
+    for d in decisions:
+        if d.job == id:
+            starts = time.time() if d.action == "place" else d.starts
+            return Outlook(id, name, state, d.action, d.node, d.reason, d.remedy, starts, ahead)
+        ahead += d.action == "wait"
+    return Outlook(id, name, state, reason="the scheduler gave no decision")

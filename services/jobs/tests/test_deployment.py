@@ -1,0 +1,96 @@
+"""A deployment as pure functions: which generation, what the kernel is asked for, how a swap shows and ends."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kernelm_contracts.jobs import Deployment, DeployRequest
+from kernelm_jobs.deployment import (
+    Attempt,
+    already_serves,
+    check,
+    follows,
+    next_generation,
+    outdated_pools,
+    pool_of,
+    pool_spec,
+    progress_of,
+    raise_if_over,
+    swap_request,
+)
+from kernelm_sdk.errors import PluginFault
+from kernelm_sdk.system import Bounds, Destination, Instance, PoolSpec, Route, Swap, SystemState
+
+MODEL, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+SERVING = "news-g1-aaaaaaaa"
+MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local")
+SERVER = Instance("e-2", "encoder", "1", SERVING, "local", "ready", ("server/1",))
+SYSTEM = SystemState((SERVER,), (PoolSpec("encoder", "encoder"), MODEL_POOL), (), 1)
+
+
+def test_deployments() -> None:
+    record = Deployment("news", 1, MODEL, SERVING, "encoder", "j")
+    assert MODEL_POOL.settings == {"model": {"name": "news", "artifact": MODEL, "generation": 1}}
+    assert already_serves(DeployRequest("news", MODEL), record, SYSTEM)
+    assert not already_serves(DeployRequest("news", OTHER), record, SYSTEM)
+    assert not already_serves(DeployRequest("news", MODEL), record, msgspec.structs.replace(SYSTEM, instances=()))
+    assert outdated_pools(record, SYSTEM) == []
+    assert outdated_pools(Deployment("news", 2, OTHER, "news-g2-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
+    assert outdated_pools(Deployment("news", 1, OTHER, "news-g1-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
+    starting = msgspec.structs.replace(SYSTEM, pools=(*SYSTEM.pools, pool_spec(DeployRequest("news", OTHER), 2, "local")))
+    assert outdated_pools(record, starting) == []  # the next generation is none of the current one's business
+
+
+def test_a_generation_is_never_given_out_twice() -> None:
+    record = Deployment("news", 1, MODEL, SERVING, "encoder", "j")
+    assert next_generation("news", None, None, SystemState((), (), (), 1)) == 1
+    assert next_generation("news", record, None, SYSTEM) == 2
+    assert next_generation("news", record, Attempt("news", 4, "news-g4-bbbbbbbb", "k", 1), SYSTEM) == 5  # 2 to 4 went back
+    routed = msgspec.structs.replace(SYSTEM, routes=(Route("news", "model", (Destination(SERVING, 100),), 6),))
+    assert next_generation("news", record, None, routed) == 7
+    assert pool_of(DeployRequest("news", OTHER), 7).startswith("news-g7-")
+
+
+def test_what_the_kernel_is_asked_for() -> None:
+    careful = DeployRequest("news", OTHER, canary=5, watch_s=10.0, error_rate=0.02)
+    spec = pool_spec(careful, 2, "local")
+    first = swap_request(careful, spec, 2, "j", 60.0, SystemState((), (), (), 1))
+    assert (first.before, first.canary, first.bounds.watch_s) == ("", 0, 0.0)  # nothing to share with, nor to go back to
+    routes = (Route("news", "model", (Destination(SERVING, 100),), 1), Route("news", "svc", (Destination("data", 100),), 1))
+    second = swap_request(careful, spec, 2, "j", 60.0, msgspec.structs.replace(SYSTEM, routes=routes))
+    assert (second.before, second.canary, second.routes, second.generation) == (SERVING, 5, ("news",), 2)
+    assert (second.bounds.watch_s, second.bounds.error_rate, second.bounds.ready_s) == (10.0, 0.02, 60.0)
+    assert (second.artifact, second.why) == (OTHER, "deployed by j")
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"canary": 100}, "`canary` is 100"), ({"canary": 5}, "`watch_s` is 0"), ({"watch_s": -1.0}, "`watch_s` is -1"),
+    ({"error_rate": 2.0}, "`error_rate` is 2"), ({"min_calls": 0}, "must be above 0"),
+])  # fmt: skip
+def test_bounds_of_a_deployment_that_can_not_be(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check(DeployRequest("news", MODEL, **fields))
+
+
+def test_a_swap_shows_how_far_it_is_and_ends_in_a_clear_fault() -> None:
+    swap = Swap("s", SERVING, "old", ("news",), "watching", "jobs", "", 0.0, canary=5, bounds=Bounds(watch_s=20.0), generation=2,
+                since=100.0)  # fmt: skip
+    progress = progress_of(swap, SYSTEM, 105.0)
+    assert (progress.fraction, progress.phase) == (0.25, "watching")
+    assert progress.message == f"5 % of the calls go to {SERVING}, watched for 5 of 20 s"
+    raise_if_over(swap, "news")
+    back = msgspec.structs.replace(swap, phase="rolled_back", outcome="9.0% of 100 calls failed")
+    with pytest.raises(PluginFault, match=r"went back from .* to old, which goes on serving: 9.0% of 100 calls failed") as caught:
+        raise_if_over(back, "news")
+    assert (caught.value.code, caught.value.retriable, caught.value.details["generation"]) == ("rolled_back", False, 2)
+    with pytest.raises(PluginFault, match="does not serve news: no such file") as caught:
+        raise_if_over(msgspec.structs.replace(swap, phase="failed", outcome="no such file"), "news")
+    assert (caught.value.code, caught.value.retriable) == ("not_ready", True)
+
+
+def test_a_deployment_remembers_what_served_before() -> None:
+    old = Deployment("news", 1, MODEL, SERVING, "encoder", "j", when=1.0)
+    new = follows(Deployment("news", 3, OTHER, "news-g3-bbbbbbbb", "encoder", "k", when=2.0), old)
+    assert [(p.generation, p.artifact, p.pool, p.until) for p in new.history] == [(1, MODEL, SERVING, 2.0)]
+    assert follows(msgspec.structs.replace(new, history=()), new) == new  # written again after a crash

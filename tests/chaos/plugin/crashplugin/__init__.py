@@ -1,0 +1,1 @@
+"""A third party's plugin that crashes at every start."""
