@@ -9,11 +9,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from kernelm_cli.session import stdout
-from kernelm_sdk.errors import ClientFault
 
 
 def check(path: Annotated[Path, Parameter(name="PATH")], /, *, chaos: Annotated[bool, Parameter(negative="")] = False,
-          command: str = "", runtime: str = "process", json: Annotated[bool, Parameter(negative="")] = False,
+          command: str = "", json: Annotated[bool, Parameter(negative="")] = False,
           junit: Path | None = None) -> int:  # fmt: skip
     """Try what holds of every good plugin of its contracts, on a system of its own. Exit code 1 if a rule is broken.
 
@@ -25,8 +24,6 @@ def check(path: Annotated[Path, Parameter(name="PATH")], /, *, chaos: Annotated[
         Kill it, freeze it, and restart the broker under it as well.
     command
         What starts an instance of a plugin that is not in Python, run in its folder, e.g. "node main.js".
-    runtime
-        process: as a process of its own.
     json
         Print JSON instead of a table.
     junit
@@ -34,8 +31,6 @@ def check(path: Annotated[Path, Parameter(name="PATH")], /, *, chaos: Annotated[
     """
     from kernelm.testing.conformance import as_json, as_junit, check_plugin, show
 
-    if runtime != "process":
-        raise ClientFault("invalid", f"--runtime {runtime}", "the kit starts a plugin as a process of its own: --runtime process")
     report = asyncio.run(check_plugin(path, chaos, tuple(shlex.split(command))))
     if junit is not None:
         junit.parent.mkdir(parents=True, exist_ok=True)

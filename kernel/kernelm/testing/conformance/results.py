@@ -105,7 +105,8 @@ def as_junit(reports: list[Report]) -> str:
         skipped = sum(r.status == "skipped" for r in report.results)
         suite = ElementTree.SubElement(root, "testsuite", name=f"{report.plugin}.{report.runtime}",
                                        tests=str(len(report.results)),
-                                       failures=str(len(report.failed)), skipped=str(skipped), time=f"{report.took_s:.3f}")  # fmt: skip
+                                       failures=str(len(report.failed)), skipped=str(skipped),
+                                       time=f"{report.took_s:.3f}")  # fmt: skip
         for r in report.results:
             case = ElementTree.SubElement(suite, "testcase", classname=f"{report.plugin}.{report.runtime}", name=r.check,
                                           time=f"{r.took_s:.3f}")  # fmt: skip

@@ -39,7 +39,8 @@ class WordTrainer(Plugin, Trainer):
         weight, bias = (np.vstack([-v, v]) / 2 if len(labels) == 2 else v for v in (linear.coef_, linear.intercept_[:, None]))
         scores = {s: self.score(s, np.array(r["label"]), linear.predict_proba(words.transform(r["text"]))) for s, r in rows.items()}
         card = ModelCard("words", "text-classification", "tfidf-linear", tuple(labels), 0, algorithm="lbfgs",
-                         parameters=weight.size, dataset=request.dataset, request=msgspec.to_builtins(request), scores=scores)  # fmt: skip
+                         parameters=weight.size, dataset=request.dataset,
+                         request=msgspec.to_builtins(request), scores=scores)  # fmt: skip
         tensors = {"idf": words.idf_, "weight": weight, "bias": bias[:, 0]}
         save_file({k: np.ascontiguousarray(v, dtype=np.float32) for k, v in tensors.items()}, out / "linear.safetensors")
         for name, value in (
