@@ -339,8 +339,8 @@ class Swapper:
             gone = [n for n in swap.routes if all(r.name != n for r in record.prior)]
             await self._router.set_all(record.prior, gone, back=True)
         await self._supervisor.unwant(swap.pool)
-        await self._note(record, "failed" if swap.phase == "starting" else "rolled_back", outcome=why)
-        self._reverted.pop(swap.id, None)
+        wished = self._reverted.pop(swap.id, None)
+        await self._note(record, "failed" if swap.phase == "starting" and not wished else "rolled_back", outcome=why)
 
     def _final(self, record: Record) -> list[Route]:
         swap, kind = record.swap, "svc" if record.spec.contracts else "model"

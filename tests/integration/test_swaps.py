@@ -80,6 +80,11 @@ class Unprobed(Good):
         raise ClientFault("invalid", "it does not even answer its probe")
 
 
+class Hesitant(Good):
+    async def on_start(self) -> None:
+        await asyncio.get_running_loop().create_future()  # it never gets ready
+
+
 class Stillborn(Good):
     async def on_start(self) -> None:
         raise RuntimeError("no such device")
@@ -87,7 +92,7 @@ class Stillborn(Good):
 
 GOOD = Manifest("teller", "1", "tells", ("teller/1",), "tests:Good", probe=ProbeCall("teller/1.tell", {"number": -1}))
 CLASSES: dict[str, type[Plugin]] = {"teller": Good, "better": Better, "failing": Failing, "slow": Slow, "unprobed": Unprobed,
-                                    "stillborn": Stillborn}  # fmt: skip
+                                    "stillborn": Stillborn, "hesitant": Hesitant}  # fmt: skip
 MANIFESTS = {name: structs.replace(GOOD, name=name, default=name == "teller") for name in CLASSES}
 PLUGINS = {name: (MANIFESTS[name], CLASSES[name]) for name in CLASSES}
 WATCH = Bounds(watch_s=20.0, min_calls=10)
@@ -258,6 +263,14 @@ async def test_a_rollback_during_the_watch_and_one_after_it(system: System) -> N
     assert (await system.admin.call(Teller.tell, Ask(3))).by == "good"
     with pytest.raises(ClientFault, match="no pool, plugin or contract 'failing'"):
         await system.admin.call(Kernel.rollback, RollbackRequest("failing"))
+
+
+async def test_a_swap_that_is_called_back_before_it_was_ready_has_not_failed(system: System) -> None:
+    swap = await system.admin.call(Kernel.load, LoadRequest("hesitant", replaces="teller", bounds=AT_ONCE))
+    await system.admin.call(Kernel.rollback, RollbackRequest("hesitant", "a mistake"))
+    over = await finished(system, swap)
+    assert (over.phase, "a mistake" in over.outcome) == ("rolled_back", True), over
+    assert (await system.admin.call(Teller.tell, Ask(1))).by == "good"
 
 
 @pytest.mark.parametrize("wanted", ["starting", "watching"])

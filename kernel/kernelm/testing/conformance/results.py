@@ -103,10 +103,9 @@ def as_junit(reports: list[Report]) -> str:
     root = ElementTree.Element("testsuites")
     for report in reports:
         skipped = sum(r.status == "skipped" for r in report.results)
-        suite = ElementTree.SubElement(root, "testsuite", name=f"{report.plugin}.{report.runtime}",
-                                       tests=str(len(report.results)),
-                                       failures=str(len(report.failed)), skipped=str(skipped),
-                                       time=f"{report.took_s:.3f}")  # fmt: skip
+        counts = {"tests": str(len(report.results)), "failures": str(len(report.failed)), "skipped": str(skipped)}
+        name, took = f"{report.plugin}.{report.runtime}", f"{report.took_s:.3f}"
+        suite = ElementTree.SubElement(root, "testsuite", counts, name=name, time=took)
         for r in report.results:
             case = ElementTree.SubElement(suite, "testcase", classname=f"{report.plugin}.{report.runtime}", name=r.check,
                                           time=f"{r.took_s:.3f}")  # fmt: skip
