@@ -56,15 +56,17 @@ async def audit(bus: Bus) -> Verdict:
     """Read the whole event log back. Sources count from 1; what the stream's limits removed from the front is no loss."""
     damaged: list[int] = []
     seen: dict[str, list[int]] = {}
-    count = 0
+    count = first = 0
     async for sequence, subject, body, headers in bus.read("EVT"):
         event = received(subject, body, headers, sequence)
-        count += 1
+        count, first = count + 1, first or sequence
         if not event.intact:
             damaged.append(sequence)
         if event.source_sequence:
             seen.setdefault(f"{event.source}.{event.boot}", []).append(event.source_sequence)
-    missing = {k: gap for k, numbers in seen.items() if (gap := max(numbers) - min(numbers) + 1 - len(set(numbers)))}
+    limited = first > 1  # else nothing has left the front, and each source has to begin with 1
+    missing = {k: gap for k, numbers in seen.items()
+               if (gap := max(numbers) - (min(numbers) - 1 if limited else 0) - len(set(numbers)))}  # fmt: skip
     return Verdict(count, tuple(damaged), missing)
 
 

@@ -237,7 +237,7 @@ class KernelService:
         return swap
 
     async def unload(self, request: api.UnloadRequest, call: Any) -> Empty:
-        spec = self.swapper.resolve(request.pool, exactly=True)
+        spec = self.swapper.resolve(request.pool)
         routes = [r.name for r in self.router.table.values() if any(d.pool == spec.pool for d in r.to)]
         if self.swapper.starting(spec.pool):
             raise ClientFault("conflict", f"pool {spec.pool} is being swapped", "roll that back, or wait", retriable=True)

@@ -138,13 +138,13 @@ class Swapper:
             name, generation = f"{plugin}-g{generation}", generation + 1
         return name
 
-    def resolve(self, name: str, exactly: bool = False) -> PoolSpec:
-        """The pool called so, or the one that serves the contract, deployment or plugin called so; `exactly`: a parked pool of
-        that name comes before a running one of a plugin of that name."""
+    def resolve(self, name: str) -> PoolSpec:
+        """The pool called so, or the one that serves the contract, deployment or plugin called so; what runs comes before
+        what is parked."""
         pools = self._supervisor.pools
         routed = {r.name: r.to[-1].pool for r in self._router.table.values()}
         of_plugin = [p.pool for p in pools.values() if p.plugin == name and p.contracts and not p.parked]
-        for pool in (name if exactly or self.serves(name) else "", routed.get(name, ""), *of_plugin[-1:], name):
+        for pool in (name if self.serves(name) else "", routed.get(name, ""), *of_plugin[-1:], name):
             if pool in pools:
                 return pools[pool]
         raise ClientFault("not_found", f"there is no pool, plugin or contract {name!r}", f"pools are {', '.join(sorted(pools))}")

@@ -28,6 +28,7 @@ from kernelm_sdk.system import Dispatch
 DEFAULT_TIMEOUT_S = 30.0
 SETTLE_S = 0.1  # a message that the broker matched before a subscription was there may be on its way for so long; the broker
 # tries the next member of a queue group for it, and drops it where there is none
+GUARD_S = 0.25  # between two looks whether a connection is still there
 SHUT_OUT = 5  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
@@ -51,6 +52,7 @@ class Bus(Storage):
         self._subscriptions: list[Subscription] = []
         self._changing = asyncio.Lock()  # subscriptions and connections change one at a time
         self._retiring: dict[Link, asyncio.Task[None]] = {}
+        self._guards: set[asyncio.Task[None]] = set()
 
     # ---- connection ----
     @classmethod
@@ -70,15 +72,10 @@ class Bus(Storage):
             # revoked while it was away: nats-py would try for ever, and its member be a ghost until its patience ends
             if all("authorization violation" in p.lower() for p in problems[-SHUT_OUT:]) and len(problems) >= SHUT_OUT:
                 problems.clear()
-                await link.close()
+                await link.close(0)
 
         async def on_disconnect() -> None:
             self._lost(link, "the connection to the broker was lost before the answer came")
-
-        async def on_closed() -> None:  # for good: what was asked meanwhile would wait for nothing
-            self._lost(link, "the connection to the broker is closed")
-            if getattr(self, "_link", None) is link:
-                self.ended.set()
 
         async def on_reconnect() -> None:
             for callback in self.reconnected if link is self._link else ():
@@ -89,7 +86,7 @@ class Bus(Storage):
                 self._url, name=self.user, user_jwt_cb=link.jwt, signature_cb=link.sign, inbox_prefix=link.inbox, tls=self._tls,
                 skip_subject_validation=True,  # subjects are made of checked tokens: see `_subject`
                 max_reconnect_attempts=-1, reconnect_time_wait=0.1, ping_interval=1, max_outstanding_pings=3,
-                error_cb=on_error, disconnected_cb=on_disconnect, reconnected_cb=on_reconnect, closed_cb=on_closed,
+                error_cb=on_error, disconnected_cb=on_disconnect, reconnected_cb=on_reconnect,
             ), timeout_s)  # fmt: skip
         except Exception as error:
             await link.close()
@@ -100,7 +97,19 @@ class Bus(Storage):
             raise KernelFault("broker_unreachable", f"no broker at {self._url}: {cause}", "is `kernelm up` running?",
                               retriable=True) from None  # fmt: skip
         Direct.replace(await link.client.subscribe(f"{link.inbox}.*", pending_bytes_limit=0), self._on_reply)
+        guard = asyncio.create_task(self._guard(link))
+        self._guards.add(guard)
+        guard.add_done_callback(self._guards.discard)
         return link
+
+    async def _guard(self, link: Link) -> None:
+        """What waits on a connection that is closed for good waits for nothing. Looked for, since nats-py's callback for it
+        does not come when the broker has shut us out."""
+        while not link.client.is_closed:  # noqa: ASYNC110 - as said
+            await asyncio.sleep(GUARD_S)
+        self._lost(link, "the connection to the broker is closed")
+        if link is self._link:
+            self.ended.set()
 
     def _use(self, link: Link) -> None:
         self._link, self._client, self.credentials = link, link.client, link.credentials
@@ -109,7 +118,7 @@ class Bus(Storage):
         """Flush what was published and disconnect."""
         for subscription in self._subscriptions:
             subscription.stop()
-        for task in self._retiring.values():
+        for task in (*self._retiring.values(), *self._guards):
             task.cancel()
         for link in [*self._retiring, self._link]:
             await link.close()

@@ -1,6 +1,7 @@
 """What the broker keeps: events in streams, and typed records in its key-value store, written compare-and-set."""
 
 import asyncio
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -46,7 +47,12 @@ class Storage(ABC):
         stored, so it is repeated under the same id, which the stream deduplicates."""
         async with self._publishing:  # keeps the source's sequence free of gaps and in order
             subject, body, headers = envelope(event, self.user, self.boot, self._sequence + 1)
-            sequence = await self.append(subject, body, headers, patience_s)
+            try:
+                sequence = await self.append(subject, body, headers, patience_s)
+            except BaseException:
+                # it may be stored all the same: under its id another event would be dropped as its copy, and acknowledged
+                self.boot, self._sequence = secrets.token_hex(16), 0
+                raise
             self._sequence += 1
         return sequence
 

@@ -5,6 +5,7 @@ reserved job will need. Where the ends are not known, what a reserved job asks f
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernelm_contracts.scheduler import PendingJob, Share
 from kernelm_scheduler.amounts import allocation_of, end_of, left_s
@@ -12,6 +13,7 @@ from kernelm_scheduler.index import Ask, Index, Matrix
 from kernelm_scheduler.room import Found, Room
 from kernelm_sdk.system import Resources
 
+Parts = list[tuple[float, int, Matrix]]  # end, row, amounts by column
 SOON_S = 1.0  # a job that was told to stop is away by then, for all that is known
 
 
@@ -21,12 +23,12 @@ class Reservations:
     def __init__(self, index: Index, room: Room, stopped: dict[str, tuple[Share, ...]]) -> None:
         self.index, self.room = index, room
         self.count = self._tried = 0
-        self._base: list[tuple[float, int, Matrix]] | None = None  # of the placed jobs
+        self._base: Parts | None = None  # of the placed jobs
         self.stopped: dict[str, tuple[Share, ...]] = stopped  # placed jobs that were changed in this round
         self.until = float("inf")  # the first reservation's time; who ends before it is in nobody's way
         self._reserved: Matrix = np.zeros_like(room.free)
         self._started: list[tuple[float, Resources, tuple[Share, ...]]] = []  # in this round: end, what it holds
-        self._ends: tuple[Matrix, np.ndarray[tuple[int], np.dtype[np.intp]], Matrix] | None = None  # time, row, amounts
+        self._ends: tuple[Matrix, NDArray[np.intp], Matrix] | None = None  # time, row, amounts
 
     def started(self, job: PendingJob, shares: tuple[Share, ...]) -> None:
         if (left := left_s(job)) > 0:
@@ -58,7 +60,7 @@ class Reservations:
             place, self.until = place_or_none, self.index.now
         self.count += 1
         self._withhold(ask, place, freed)
-        return at
+        return at if at > self.index.now else 0.0  # there is room now, but no instance: when one is free is not known
 
     @property
     def full(self) -> bool:
@@ -79,21 +81,33 @@ class Reservations:
             room.long[row] = np.minimum(room.long[row], room.free[row] - lacking)
         room.touch()
 
-    def _timeline(self) -> tuple[Matrix, np.ndarray[tuple[int], np.dtype[np.intp]], Matrix]:
+    def _timeline(self) -> tuple[Matrix, NDArray[np.intp], Matrix]:
         if self._ends is None:
             if self._base is None:
-                now, placed = self.index.now, self.index.placed.values()
-                ends = [(now + SOON_S if p.leaving else end_of(p, now), p.request, allocation_of(p)) for p in placed
-                        if p.id not in self.stopped]  # fmt: skip
-                self._base = self._parts([entry for entry in ends if entry[0] > 0])
-            parts = [*self._base, *self._parts(self._started)]
-            parts.sort(key=lambda part: (part[0], part[1], part[2].tolist()))
-            self._ends = (np.array([p[0] for p in parts]), np.array([p[1] for p in parts], dtype=np.intp),
-                          np.array([p[2] for p in parts]).reshape(len(parts), self.room.free.shape[1]))  # fmt: skip
+                self._base = self._placed()
+            mine = [(end, row, amount) for end, request, shares in self._started
+                    for row, amount, _ in self.index.amounts(request, shares)]  # fmt: skip
+            parts = [*self._base, *mine]
+            times = np.maximum(np.array([p[0] for p in parts]), self.index.now)
+            rows = np.array([p[1] for p in parts], dtype=np.intp)
+            amounts = np.array([p[2] for p in parts]).reshape(len(parts), self.room.free.shape[1])
+            order = np.lexsort((*amounts.T, rows, times))  # in an order that does not hang on that of the jobs
+            self._ends = times[order], rows[order], amounts[order]
         return self._ends
 
-    def _parts(self, ends: list[tuple[float, Resources, tuple[Share, ...]]]) -> list[tuple[float, int, Matrix]]:
-        return [(end, row, amount) for end, request, shares in ends for row, amount, _ in self.room.amounts(request, shares)]
+    def _placed(self) -> Parts:
+        """What ends of what is placed, as far as the ends are known."""
+        index, now, known = self.index, self.index.now, self.index.ending
+        found: Parts = []
+        for id, parts in known.items():
+            if id not in self.stopped:
+                found += parts
+        for id, job in index.placed.items():
+            if id not in known and id not in self.stopped:
+                end = now + SOON_S if job.leaving else end_of(job, now)
+                if end > 0:
+                    found += [(end, row, amount) for row, amount, _ in index.amounts(job.request, allocation_of(job))]
+        return found
 
     def _earliest(self, ask: Ask, type: str, before: float) -> tuple[float, Found, Matrix] | None:
         """When and where it fits first, before a time, and what will have been freed by then."""

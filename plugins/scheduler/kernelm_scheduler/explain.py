@@ -1,6 +1,7 @@
 """Why a job waits or can never run, in words for people, and what would start it."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernelm_contracts.scheduler import PendingJob
 from kernelm_scheduler.amounts import listed, shortage, words
@@ -55,9 +56,15 @@ def waits(job: PendingJob, ask: Ask, index: Index, room: Room) -> tuple[str, str
     """Why the job can't start now, and what would start it."""
     if not index.nodes:
         return "waits: no node has reported", "a node that reports"
-    rows = sorted({int(i) for type in index.options(ask) for i in np.flatnonzero(index.candidates(ask, type))})
-    if len(rows) > SMALL or ask.members > 1:
-        return _summary(ask, index, room, rows)
+    if ask.summary is not None and ask.summary[0] == index.generation:
+        return ask.summary[1]
+    able = np.zeros(len(index.names), dtype=bool)
+    for type in index.options(ask):
+        able |= index.candidates(ask, type)
+    if able.sum() > SMALL or ask.members > 1:
+        ask.summary = index.generation, _summary(ask, room, able)
+        return ask.summary[1]
+    rows = [int(i) for i in np.flatnonzero(able)]
     obstacles = [_obstacle(ask, index, room, i) for i in rows]
     return "waits: " + listed(text for text, _ in obstacles), "; or ".join(dict.fromkeys(remedy for _, remedy in obstacles))
 
@@ -78,14 +85,17 @@ def _obstacle(ask: Ask, index: Index, room: Room, row: int) -> tuple[str, str]:
     return f"node {name} is kept for a job that is older or higher", "that job starts, or this one's run time is known and short"
 
 
-def _summary(ask: Ask, index: Index, room: Room, rows: list[int]) -> tuple[str, str]:
+def _summary(ask: Ask, room: Room, able: NDArray[np.bool_]) -> tuple[str, str]:
     any_of = " or ".join(ask.plugins) or "any name"
     what = f"{ask.members} times {words(ask.request)}" if ask.members > 1 else words(ask.request)
     what += f" and {_devices(ask)}" if ask.request.gpus else ""
-    served = [i for i in rows if any(p in room.slots and room.slots[p][i] >= 0 for p in ask.plugins)]
+    ready = np.zeros(len(able), dtype=bool)
+    for plugin in ask.plugins:
+        ready |= room.slots[plugin] >= 0 if plugin in room.slots else False
+    served = int((able & ready).sum())
     if not served:
         return f"waits: no plugin of {any_of} is ready on any node that could hold it", f"start {any_of}"
     together = ", all at once" if ask.members > 1 else ""
-    nodes = f"none of {len(served)} nodes has" if ask.members == 1 else f"{len(served)} nodes together have not"
+    nodes = f"none of {served} nodes has" if ask.members == 1 else f"{served} nodes together have not"
     return f"waits: needs {what}{together}, {nodes} that free, beside what older or higher jobs wait for", \
         f"jobs end there, more nodes, or more instances of {any_of}"  # fmt: skip

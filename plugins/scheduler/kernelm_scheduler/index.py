@@ -25,7 +25,7 @@ from kernelm_contracts.scheduler import (
     Share,
     Tenant,
 )
-from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, size
+from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, size, speed_at
 from kernelm_scheduler.ordering import rank
 from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
@@ -45,17 +45,14 @@ class Ask:
         r = self.request
         self.key = (r.cpu, r.memory_mb, r.gpus, self.plugins, members, types, self.tenant, device_mb, within, avoid)
         self.never: tuple[Any, str] | None = None  # cached: for which nodes and quotas, why not
+        self.summary: tuple[int, tuple[str, str]] | None = None  # cached: generation, why such a job waits
         self.able: dict[str, tuple[int, NDArray[np.bool_]]] = {}  # cached by type: generation, nodes
 
     @classmethod
     def of(cls, job: PendingJob | PlacedJob) -> "Ask":
-        ranked = sorted(job.speeds, key=lambda s: (-_first(s.points, job.members), s.type))
+        ranked = sorted(job.speeds, key=lambda s: (-speed_at(s, job.members), s.type))
         types = tuple(s.type for s in ranked)
         return cls(job.request, job.plugins, job.tenant, job.members, types, job.device_mb, job.within, job.avoid)
-
-
-def _first(points: tuple[tuple[int, float], ...], members: int) -> float:
-    return next((rate for count, rate in points if count >= members), points[-1][1] if points else 0.0)
 
 
 class Index:
@@ -77,6 +74,7 @@ class Index:
         self.held: dict[str, Amount] = {}
         self.spread: dict[str, Matrix] = {}  # tenant -> its jobs on each node
         self.generation = 0  # grows when nodes change in more than what is free
+        self.ending: dict[str, list[tuple[float, int, Matrix]]] = {}  # placed job whose end is known -> end, row, amounts
         self._classes: dict[Any, tuple[Ask, int]] = {}  # key -> class, jobs of it
         self._of_tenant: dict[str, dict[str, Amount]] = {}  # tenant -> job or model -> what it holds
         self._layout((), ())
@@ -102,6 +100,7 @@ class Index:
         self._drop_pending([*delta.gone, *(j.id for j in delta.pending), *(j.id for j in delta.placed)])
         for job in delta.placed:
             self.placed[job.id] = job
+            self._ends(job)
             self._hold(job.tenant, job.id, job.request, allocation_of(job), touched)
         self._add_pending(delta.pending)
         for name in (*delta.gone_models, *(m.name for m in delta.models)):
@@ -113,6 +112,10 @@ class Index:
         for tenant in touched:
             parts = self._of_tenant.get(tenant, {}).values()
             self.held[tenant] = (fsum(p[0] for p in parts), fsum(p[1] for p in parts), fsum(p[2] for p in parts))
+
+    def _ends(self, job: PlacedJob) -> None:
+        if job.ends > 0 and not job.leaving:
+            self.ending[job.id] = [(job.ends, row, amount) for row, amount, _ in self.amounts(job.request, allocation_of(job))]
 
     def _hold(self, tenant: str, id: str, request: Resources, shares: Iterable[Share], touched: set[str]) -> None:
         touched.add(tenant)
@@ -132,6 +135,7 @@ class Index:
                 self.spread[tenant][row] += sign
 
     def _drop_placed(self, id: str, touched: set[str]) -> None:
+        self.ending.pop(id, None)
         if old := self.placed.pop(id, None):
             self._release(old.tenant, id, allocation_of(old), touched)
 
@@ -201,9 +205,11 @@ class Index:
         self.slots: dict[str, Matrix] = {}
         self.links: dict[str, list[int]] = {}
         self.caches: dict[str, dict[int, float]] = {}  # digest -> row -> how near: 0.5 in the cache, 1 loaded
-        self.spread = {}
+        self.spread, self.ending = {}, {}
         for held in chain(self.placed.values(), self.models.values()):
             self._count(held.tenant, allocation_of(held) if isinstance(held, PlacedJob) else held.allocation, 1.0)
+        for job in self.placed.values():
+            self._ends(job)
         self._links: list[tuple[str, ...]] = [()] * len(names)
         self._digests: list[tuple[str, ...]] = [()] * len(names)
 
@@ -243,6 +249,19 @@ class Index:
         self._digests[i] = tuple(dict.fromkeys((*node.artifacts, *node.models)))
 
     # ---- what an ask needs of a node ----
+
+    def amounts(self, request: Resources, shares: tuple[Share, ...]) -> list[tuple[int, Matrix, int]]:
+        """(row, amounts by column, members) of each share on a node that is there."""
+        result = []
+        for share in shares:
+            if (row := self.row.get(share.node)) is None:
+                continue
+            amount = np.zeros(3 + len(self.types))
+            amount[:3] = request.cpu, request.memory_mb, request.gpus
+            if request.gpus > 0 and share.type in self.column:
+                amount[self.column[share.type]] = request.gpus
+            result.append((row, amount * share.members, share.members))
+        return result
 
     def options(self, ask: Ask) -> tuple[str, ...]:
         """Types of devices that the ask may use, the best first."""

@@ -23,6 +23,7 @@ from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
 
 Blocked = tuple[str, str]  # why, and what would help
+COMING: Blocked = ("waits: others make room for it", "they stop, at their next checkpoints")
 Answer = tuple[Blocked, bool]  # to a waiting job, and whether its start is known
 
 
@@ -81,6 +82,8 @@ class Round:
         self._dead_short: dict[Ask, Blocked] = {}  # the same for jobs that end before the first reservation
         self._full: dict[Ask, Blocked] = {}  # class -> what its quota is short of
         self._beyond: set[Ask] = set()  # classes that would borrow
+        self._leaving = sorted((p for p in index.placed.values() if p.leaving), key=lambda p: p.id)
+        self._coming: set[str] = set()  # jobs for which others are being stopped already
         self._done: set[str] = set()  # jobs that were helped to a place
         self.reserved: dict[str, float] = {}  # waiting job with a reservation -> when it starts, 0 for not known
 
@@ -183,7 +186,7 @@ class Round:
         return self.helped < self.settings.preemption.heads and bool(self.index.actions & {"preempt", "resize"})
 
     def _wait(self, job: PendingJob, blocked: Blocked) -> None:
-        self.waits.append((job, blocked))
+        self.waits.append((job, COMING if job.id in self._coming else blocked))
 
     def _place(self, job: PendingJob, ask: Ask, found: Found, short: bool = False, why: str = "") -> None:
         row = found.rows[0][0]
@@ -214,6 +217,7 @@ class Round:
             return False
         self.helped += 1
         if self._comes_free(ask, job):
+            self._coming.add(job.id)
             return False
         freed = free_for(job, ask, self._offered, self.room, self.ledger, self.changed)
         if freed is None:
@@ -234,7 +238,7 @@ class Round:
 
     def _comes_free(self, ask: Ask, job: PendingJob) -> bool:
         """Whether what is being stopped already makes room enough."""
-        leaving = [p for _, p in sorted(self.index.placed.items()) if p.leaving]
+        leaving = self._leaving
         for victim in leaving:
             self.room.release(victim)
             self.ledger.give(victim.tenant, amount_of(victim.request, size(allocation_of(victim))))

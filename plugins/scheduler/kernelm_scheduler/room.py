@@ -184,7 +184,7 @@ class Room:
 
     def give(self, request: Resources, shares: tuple[Share, ...], plugin: str = "", sign: float = 1.0) -> None:
         """Put back what an allocation holds (take it, with sign -1)."""
-        for row, amount, members in self.amounts(request, shares):
+        for row, amount, members in self.index.amounts(request, shares):
             self.free[row] += sign * amount
             if self.long is not self.free:
                 self.long[row] += sign * amount
@@ -194,19 +194,6 @@ class Room:
 
     def release(self, job: PlacedJob, sign: float = 1.0) -> None:
         self.give(job.request, allocation_of(job), job.plugins[0] if job.plugins else "", sign)
-
-    def amounts(self, request: Resources, shares: tuple[Share, ...]) -> list[tuple[int, Matrix, int]]:
-        """(row, amounts by column, members) of each share on a node that is there."""
-        result = []
-        for share in shares:
-            if (row := self.index.row.get(share.node)) is None:
-                continue
-            amount = np.zeros(3 + len(self.index.types))
-            amount[:3] = request.cpu, request.memory_mb, request.gpus
-            if request.gpus > 0 and share.type in self.index.column:
-                amount[self.index.column[share.type]] = request.gpus
-            result.append((row, amount * share.members, share.members))
-        return result
 
     def touch(self) -> None:
         """Forget cached scores: reservations have changed the room."""

@@ -1,4 +1,4 @@
-"""`kernelm jobs list | show | cancel`: the job table. An id may be a job's or a run's."""
+"""`kernelm jobs list | show | why | plan | cancel`: the job table. An id may be a job's or a run's."""
 
 import asyncio
 import time
@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kernelm_cli import faults
+from kernelm_cli import faults, run_file
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
 from kernelm_cli.view import MARKS, RunDrawing, duration, metrics, outcome, plain, took
-from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, RunName, RunRecord, RunView
+from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, Outlook, Plan, RunName, RunRecord, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
 
@@ -109,6 +109,66 @@ def _print_job(job: JobRecord, console: Console) -> None:
         console.print_json(data=job.result)
     if job.fault:
         faults.show(job.fault)
+
+
+@app.command
+def why(id: Annotated[str, Parameter(name="ID")], /, *, output: Output = Output()) -> int:
+    """Say why a job waits and what would start it, as the scheduler sees it now."""
+
+    async def work() -> int:
+        async with connection(output.folder) as bus:
+            outlook: Outlook = await bus.call(Jobs.why, JobName(id))
+        if output.json:
+            print_json(outlook)
+        else:
+            stdout().print(_words(outlook))
+        return 0
+
+    return asyncio.run(work())
+
+
+@app.command
+def plan(file: Annotated[Path, Parameter(name="FILE")], /, *, output: Output = Output()) -> int:
+    """Say when and where the stages of a run file would start if it were submitted now. Nothing is submitted or stored.
+
+    Parameters
+    ----------
+    file
+        The run file, e.g. deploy/runs/news.toml.
+    """
+    spec = run_file.read(file).spec
+
+    async def work() -> int:
+        async with connection(output.folder) as bus:
+            found: Plan = await bus.call(Jobs.plan, spec)
+        if output.json:
+            print_json(found)
+            return 0
+        table = Table()
+        for name in ("stage", "would", "node", "from now", "why", "what would start it"):
+            table.add_column(name, overflow="fold")
+        for stage in found.stages:
+            starts = duration(max(stage.starts - time.time(), 0.0)) if stage.starts else "not known"
+            table.add_row(stage.name, stage.action, stage.node, starts, Text(stage.reason), Text(stage.remedy))
+        stdout().print(table)
+        return 0
+
+    return asyncio.run(work())
+
+
+def _words(outlook: Outlook) -> Text:
+    """An outlook on one job, in lines."""
+    lines = [f"job {outlook.job} ({outlook.name}) is {outlook.state}" + (f" on {outlook.node}" if outlook.node else "")]
+    if outlook.reason:
+        lines.append(outlook.reason)
+    if outlook.action == "wait":
+        lines.append(f"jobs that wait and come before it: {outlook.ahead}")
+        lines.append(f"it starts when: {outlook.remedy or 'not known'}")
+        starts = f"in {duration(max(outlook.starts - time.time(), 0.0))}" if outlook.starts else "not known: no ends are estimated"
+        lines.append(f"by the estimates that there are: {starts}")
+    elif outlook.action:
+        lines.append(f"the scheduler says now: {outlook.action}" + (f" it on {outlook.node}" if outlook.node else ""))
+    return Text("\n".join(lines))
 
 
 @app.command

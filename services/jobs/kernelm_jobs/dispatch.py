@@ -154,7 +154,7 @@ class Dispatcher:
             job = jobs[decision.job]
             if decision.action == "place":
                 if not room.take(decision, job):
-                    reasons[job.id] = f"waits: {decision.node} is chosen, and starts it when what makes room there has stopped"
+                    reasons[job.id] = "waits: others make room for it"
                     continue
                 placement, ready = self._placement(job, decision, ready)
                 if isinstance(placement, str):

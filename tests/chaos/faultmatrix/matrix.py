@@ -104,11 +104,11 @@ async def _one(fault: Fault, outcome: Outcome, rig: Rig | None) -> Rig | None:
     except Exception as error:  # the run is void, which is a complaint; the other runs go on
         outcome.complaints.append(f"{type(error).__name__}: {error}")
     outcome.took_s = time.monotonic() - begun
-    if outcome.good and not fault.fresh:
+    if outcome.good and not fault.fresh and "KEEP" not in os.environ:
         return rig
-    if not outcome.good:
-        outcome.note += f" [kept: {rig.work}]"
-    await rig.down(keep=not outcome.good)
+    keep = not outcome.good or "KEEP" in os.environ
+    outcome.note += f" [kept: {rig.work}]" * keep
+    await rig.down(keep=keep)
     return None
 
 

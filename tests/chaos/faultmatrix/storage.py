@@ -93,9 +93,9 @@ async def flip_event(stage: Stage) -> str:
     at = blocks[0].read_bytes().index(needle) + len(needle) + 20  # in the padding: still JSON, still UTF-8
     flip(blocks[0], at)
     send(rig.pid("broker"), signal.SIGKILL)
-    stage.over()
     await _returns(stage)
     send(rig.pid("kernel"), signal.SIGKILL)
+    stage.over()
 
     async def verdict() -> str:
         text = (await rig.state()).health.get("journal", "")
