@@ -133,8 +133,9 @@ class Swapper:
         return spec is not None and not spec.parked
 
     def _free_name(self, plugin: str, generation: int) -> str:
+        ending = {i.pool for i in self._registry.instances.values() if i.state in LIVE}  # of a pool that was given up just now
         name = plugin
-        while name in self._supervisor.pools:
+        while name in self._supervisor.pools or name in ending:
             name, generation = f"{plugin}-g{generation}", generation + 1
         return name
 

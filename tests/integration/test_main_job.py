@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from kernelm_cli.home import read_up
@@ -167,12 +166,11 @@ def test_a_flipped_bit_in_a_model_is_refused_and_named(work: Path, home: Path) -
 
 
 def kill_runner(home: Path, plugin: str, only: str = "") -> bool:
-    """kill -9 of the process of an instance; False if there was none."""
-    for process in psutil.process_iter(["environ"]):
-        environment = process.info["environ"] or {}
-        ours = environment.get("KERNELM_HOME") == str(home) and environment.get("KERNELM_PLUGIN") == plugin
-        if ours and only in ("", environment.get("KERNELM_POOL")):
-            process.send_signal(signal.SIGKILL)
+    """kill -9 of the process of an instance, as the node's notes name it; False if there was none."""
+    for path in (home / "run" / "instances").glob("*.json"):
+        note = json.loads(path.read_text())
+        if note["plugin"] == plugin and only in ("", note["pool"]) and note["state"].get("pid") and not note["exit"]:
+            os.kill(note["state"]["pid"], signal.SIGKILL)
             return True
     return False
 
