@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -318,7 +319,10 @@ async def test_a_child_that_can_not_run_beside_its_parent_does_not_hang_the_run(
 async def test_killed_again_and_again_the_service_loses_and_repeats_nothing(kit: Kit) -> None:
     await kit.pools("scheduler", "trainer")
 
+    worked: Counter[str] = Counter()
+
     async def train(request: TrainRequest, job: Job) -> Trained:
+        worked[job.name] += 1
         job.progress(0.5, "train")
         await asyncio.sleep(0.3)
         return kit.trained(f"after {request.dataset}")
@@ -332,7 +336,9 @@ async def test_killed_again_and_again_the_service_loses_and_repeats_nothing(kit:
         await asyncio.sleep(pause)
         await kit.restart_jobs()
     view = await kit.end(run.id, 40.0)
-    assert [(j.spec.name, j.state, j.epoch, j.attempt) for j in view.jobs] == [(name, "done", 1, 0) for name in names]
+    # the epoch may be more than 1: an instance that still waits for the answer to its last report declines the next job
+    assert [(j.spec.name, j.state, j.attempt) for j in view.jobs] == [(name, "done", 0) for name in names]
+    assert worked == dict.fromkeys(names, 1)
     assert [name for name, _, _ in kit.done] == names
 
 
