@@ -178,7 +178,10 @@ class WarmStarts:
             source, pycache = (str(launch.source), str(self._home / "run" / "pycache")) if launch.source else ("", "")
             module = launch.manifest.entry.partition(":")[0]
             await base.ask(OpenParent(key, launch.plugin, module, source, pycache))
-            link = await Link.to(folder, f"{key}.sock")
+            try:
+                link = await Link.to(folder, f"{key}.sock")
+            except OSError as error:  # it listens from its beginning on: its import has ended it before we came
+                raise NotWarm(f"the parent of {launch.plugin} has ended: {error}") from None
         answer = await link.ask(Hello(), 600.0)
         if not answer.get("fit"):
             link.close()
