@@ -40,10 +40,13 @@ class Members:
         self._records, self._authority, self._router = bus.bucket("registry", Member), authority, router
 
     async def of(self, name: str) -> Member:
-        member, _ = await self._records.get(f"member.{name}")
+        return (await self._get(name))[0]
+
+    async def _get(self, name: str) -> tuple[Member, int]:
+        member, revision = await self._records.get(f"member.{name}")
         if member is None:
             raise ClientFault("unauthorized", f"{name!r} is not enrolled", "enroll with a join token")
-        return member
+        return member, revision
 
     async def _claim(self, key: str, name: str) -> None:
         holder, revision = await self._records.get(f"holder.{key}")
@@ -76,9 +79,7 @@ class Members:
 
     async def renew(self, request: api.RenewRequest, call: Any) -> Enrolled:
         """A JWT for the caller's next key; its present one is revoked after `overlap_s`. Said twice, it is done once."""
-        member, revision = await self._records.get(f"member.{call.caller}")
-        if member is None:
-            raise ClientFault("unauthorized", f"{call.caller!r} is not enrolled", "enroll with a join token")
+        member, revision = await self._get(call.caller)
         await self._claim(request.public_key, call.caller)
         jwt, expires = self._authority.issue(member.grant, request.public_key, LIFETIME_S)
         if request.public_key == member.key:

@@ -26,11 +26,11 @@ from kernelm_sdk import system as api
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.counters import Counters, too_bad
 from kernelm_sdk.errors import ClientFault, Fault, PluginFault
+from kernelm_sdk.pools import find_pool
 from kernelm_sdk.system import Destination, Empty, Instance, Manifest, PoolSpec, Route, Swap, SwapRequest
 
 T = TypeVar("T")
 log = logging.getLogger("kernelm.swaps")
-OVER = frozenset({"done", "rolled_back", "failed"})
 KEPT = 50  # swaps that are over and still on record
 LOOK_S = 0.5  # between two looks at the counters
 
@@ -60,14 +60,14 @@ class Swapper:
 
     def starting(self, pool: str) -> bool:
         """Whether a swap decides when `pool` gets its routes."""
-        return any(s.pool == pool and s.phase not in OVER for s in self.swaps)
+        return any(s.pool == pool and not s.over for s in self.swaps)
 
     async def recover(self) -> None:
         """Go on with what an earlier kernel left under way."""
         found = (await self._bucket.all("swap")).values()
         self._records = {r.swap.id: r for r, _ in sorted(found, key=lambda f: f[0].swap.begun)}
         for record in self._records.values():
-            if record.swap.phase not in OVER:
+            if not record.swap.over:
                 self._drive(record.swap.id)
 
     async def stop(self) -> None:
@@ -102,7 +102,7 @@ class Swapper:
         if settings is None:
             settings = before.settings if before and before.plugin == manifest.name else {}
         routes = self._routes_for(manifest, before)
-        generation = 1 + max((self._router.table[r].generation for r in routes if r in self._router.table), default=0)
+        generation = self._next_generation(routes)
         instances = request.instances or (before.instances if before else 0) or 1
         fields: dict[str, Any] = {} if manifest.each_node else {"instances": instances}
         spec = pool_of(manifest, pool=self._free_name(manifest.name, generation), runtime=runtime, settings=settings,
@@ -132,6 +132,9 @@ class Swapper:
         spec = self._supervisor.pools.get(pool)
         return spec is not None and not spec.parked
 
+    def _next_generation(self, routes: tuple[str, ...]) -> int:
+        return 1 + max((self._router.table[r].generation for r in routes if r in self._router.table), default=0)
+
     def _free_name(self, plugin: str, generation: int) -> str:
         ending = {i.pool for i in self._registry.instances.values() if i.state in LIVE}  # of a pool that was given up just now
         name = plugin
@@ -140,14 +143,10 @@ class Swapper:
         return name
 
     def resolve(self, name: str) -> PoolSpec:
-        """The pool called so, or the one that serves the contract, deployment or plugin called so; what runs comes before
-        what is parked."""
+        """The pool that `name` means; ClientFault "not_found" that names what there is."""
         pools = self._supervisor.pools
-        routed = {r.name: r.to[-1].pool for r in self._router.table.values()}
-        of_plugin = [p.pool for p in pools.values() if p.plugin == name and p.contracts and not p.parked]
-        for pool in (name if self.serves(name) else "", routed.get(name, ""), *of_plugin[-1:], name):
-            if pool in pools:
-                return pools[pool]
+        if spec := find_pool(name, pools, self._router.table.values()):
+            return spec
         raise ClientFault("not_found", f"there is no pool, plugin or contract {name!r}", f"pools are {', '.join(sorted(pools))}")
 
     async def begin(self, request: SwapRequest, by: str) -> Swap:
@@ -162,11 +161,11 @@ class Swapper:
             raise ClientFault("invalid", "a canary needs a pool to share with", "name the pool that it `replaces`")
         for other in self.swaps:
             mine = {request.to.pool, request.before, *request.routes} - {""}
-            if other.phase not in OVER and mine & {other.pool, other.before, *other.routes}:
+            if not other.over and mine & {other.pool, other.before, *other.routes}:
                 raise ClientFault("conflict", f"swap {other.id} of {', '.join(other.routes)} to {other.pool} is {other.phase}",
                                   "wait for it, or roll it back", retriable=True)  # fmt: skip
         table = self._router.table
-        generation = request.generation or 1 + max((table[r].generation for r in request.routes if r in table), default=0)
+        generation = request.generation or self._next_generation(request.routes)
         swap = Swap(secrets.token_hex(6), request.to.pool, request.before, request.routes, "starting", by, request.why, time.time(),
                     request.canary, bounds, generation, request.artifact, time.time())  # fmt: skip
         prior = tuple(table[r] for r in request.routes if r in table)
@@ -200,7 +199,7 @@ class Swapper:
 
     async def _run(self, id: str) -> None:
         steps = {"starting": self._start, "watching": self._watch, "retiring": self._retire}
-        while (record := self._records[id]).swap.phase not in OVER:
+        while not (record := self._records[id]).swap.over:
             try:
                 await steps[record.swap.phase](record)
             except Fault as fault:
@@ -363,7 +362,7 @@ class Swapper:
         self._records[swap.id] = record
         await self._bus.publish(api.SwapChanged(swap=swap, was=was))
         log.info("swap %s to %s is %s%s", swap.id, swap.pool, swap.phase, f": {swap.outcome}" if swap.outcome else "")
-        for old in [s.id for s in self.swaps if s.phase in OVER][:-KEPT]:
+        for old in [s.id for s in self.swaps if s.over][:-KEPT]:
             del self._records[old]
             await self._bucket.delete(f"swap.{old}")
 

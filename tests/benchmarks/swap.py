@@ -98,7 +98,7 @@ class Swapping:
         id = (await self._bus.call(Kernel.load, request)).id
 
         def over() -> bool:
-            return id in self._swaps and self._swaps[id].phase in ("done", "failed", "rolled_back")
+            return id in self._swaps and self._swaps[id].over
 
         async with asyncio.timeout(60.0), self._news:
             await self._news.wait_for(over)

@@ -139,7 +139,7 @@ class Load:
 async def finished(system: System, swap: Swap, timeout_s: float = 30.0) -> Swap:
     async def over() -> Swap | None:
         now = next(s for s in (await system.state()).swaps if s.id == swap.id)
-        return now if now.phase in ("done", "rolled_back", "failed") else None
+        return now if now.over else None
 
     return await until(over, timeout_s, f"the end of swap {swap.id}")
 
@@ -241,7 +241,7 @@ async def test_a_crash_in_the_watch_brings_the_old_one_back(system: System) -> N
     request = SwapRequest(spec, ("teller/1",), "teller", bounds=WATCH)
     swap = await system.admin.call(Kernel.swap, request)
     await phase(system, swap, "watching")
-    node.crash(node.started[-1])
+    await node.kill(node.started[-1])
     over = await finished(system, swap)
     assert over.phase == "rolled_back", over
     assert (await system.admin.call(Teller.tell, Ask(1), patience_s=5.0)).by == "good"

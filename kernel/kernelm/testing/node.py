@@ -2,13 +2,12 @@
 start in milliseconds. What a process or a container adds is tested with the real node service."""
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Any
 
-from kernelm_sdk.bus import Bus, Credentials
+from kernelm_sdk.bus import Bus
 from kernelm_sdk.enrollment import join
-from kernelm_sdk.errors import ClientFault, Fault
+from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Context, Plugin, load_plugin
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import (
@@ -24,74 +23,90 @@ from kernelm_sdk.system import (
     StartInstance,
 )
 
+GRACE_S = 0.5  # at most between the polite request and the kill
+
 
 class InlineNode:
-    """Implements `node/1`. `plugins`: by the digest of its source, or by name, each plugin's manifest and class."""
+    """Implements `node/1`. `plugins`: by the digest of its source, or by name, each plugin's manifest and class; a test may
+    put other classes into `factories`."""
 
     def __init__(self, bus: Bus, url: str, scratch: Path, plugins: dict[str, tuple[Manifest, type[Plugin]]]) -> None:
-        self.bus, self.url, self.scratch, self.plugins = bus, url, scratch, plugins
-        self.members: dict[str, Member] = {}
+        self.bus, self.url, self.scratch = bus, url, scratch
+        self.manifests = {key: manifest for key, (manifest, _) in plugins.items()}
+        self.factories = {key: factory for key, (_, factory) in plugins.items()}
+        self.capacity = Resources(2.0, 8000)
+        self.members: dict[str, tuple[Member, asyncio.Task[None]]] = {}  # those that run
         self.started: list[str] = []
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.stopped: list[str] = []
 
     async def on_start(self) -> None:
         """Nothing to prepare."""
 
     async def on_stop(self) -> None:
-        for task in list(self._tasks.values()):
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for instance in list(self.members):
+            await self.kill(instance)
 
     async def start(self, request: StartInstance, call: Any) -> Running:
         key = request.source or request.plugin
-        if key not in self.plugins:
+        if key not in self.manifests:
             raise ClientFault("unknown_plugin", f"this node has no plugin {key!r}")
-        if request.instance in self._tasks:  # asked twice
-            return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
-        self.started.append(request.instance)
-        self._tasks[request.instance] = asyncio.create_task(self._run(request, *self.plugins[key]))
+        if request.instance not in self.started:  # else it was asked twice
+            self.started.append(request.instance)
+            await self._begin(request, key)
         return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
 
-    async def _run(self, request: StartInstance, manifest: Manifest, factory: type[Plugin]) -> None:
-        code, why = 0, ""
-        bus: Bus | None = None
-        try:
-            credentials: Credentials = await join(self.url, request.token)
-            bus = await Bus.connect(self.url, credentials)
-            folder = self.scratch / request.instance
-            folder.mkdir(parents=True, exist_ok=True)
-            context = Context(bus, request.instance, request.pool, manifest, folder)
-            member = Member(bus, request.instance, manifest.name, manifest.version, manifest.contracts, manifest.max_jobs)
-            member.own_process = False
-            self.members[request.instance] = member
+    async def _begin(self, request: StartInstance, key: str) -> None:
+        manifest, name = self.manifests[key], request.instance
+        bus = await Bus.connect(self.url, await join(self.url, request.token))
+        folder = self.scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        context = Context(bus, name, request.pool, manifest, folder)
+        member = Member(bus, name, manifest.name, manifest.version, manifest.contracts, manifest.max_jobs)
+        member.own_process = False  # it lives in the test's: one that is shut out must not end it
 
-            async def build(settings: dict[str, Any]) -> Plugin:
-                return load_plugin(manifest, context, settings, factory)
+        async def build(settings: dict[str, Any]) -> Plugin:
+            return load_plugin(manifest, context, settings, self.factories[key])
 
-            await member.run(build)
-        except Exception as error:  # an exit like any other
-            code, why = 1, f"{type(error).__name__}: {error}"
-        finally:
-            if bus is not None:
+        async def live() -> None:
+            try:
+                await member.run(build)
+            finally:
                 await bus.close()
-            self._tasks.pop(request.instance, None)
-        with contextlib.suppress(Fault):  # a kernel that is gone learns it from the lease
-            await self.bus.call(Kernel.exited, ExitReport(request.instance, code, why), timeout_s=5.0, patience_s=5.0)
 
-    def crash(self, instance: str) -> None:
-        """End an instance as a crash would: from one moment to the next, and its exit is reported as a failure."""
-        self._tasks[instance].cancel()
+        task = asyncio.create_task(live())
+        self.members[name] = member, task
+        task.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, instance: str, task: asyncio.Task[None]) -> None:
+        del self.members[instance]
+        code, why = 0, ""
+        if task.cancelled():
+            code, why = -9, "killed"
+        elif error := task.exception():
+            code, why = 1, f"{type(error).__name__}: {error}"
+        report = ExitReport(instance, code, why)
+        told = asyncio.ensure_future(self.bus.call(Kernel.exited, report, timeout_s=5.0, patience_s=5.0))
+        told.add_done_callback(lambda t: t.cancelled() or t.exception())  # a kernel that is gone learns it from the lease
+
+    async def kill(self, instance: str) -> None:
+        """End an instance as `kill -9` would: nothing is flushed, and its exit is reported as a failure."""
+        member, task = self.members[instance]
+        await member.bus._client.close()
+        task.cancel()
 
     async def stop(self, request: InstanceName, call: Any) -> Empty:
-        if member := self.members.get(request.instance):
-            member.stopping.set()
-        if task := self._tasks.get(request.instance):
-            await asyncio.wait([task])
+        if entry := self.members.get(request.instance):
+            self.stopped.append(request.instance)
+            entry[0].stopping.set()
+            await asyncio.wait([entry[1]], timeout=min(request.grace_s, GRACE_S))
+            if not entry[1].done():
+                await self.kill(request.instance)
         return Empty()
 
     async def report(self, request: Empty, call: Any) -> NodeReport:
-        running = tuple(Running(m.name, "", m.plugin, "inline", 0) for m in self.members.values())
-        return NodeReport(self.bus.user.removeprefix("node-"), Resources(2.0, 4096), Resources(2.0, 4096), running)
+        running = tuple(Running(m.name, "", m.plugin, "inline", 0) for m, _ in self.members.values())
+        installed = {m.name: m.version for m in self.manifests.values()}
+        return NodeReport(self.bus.user.removeprefix("node-"), self.capacity, self.capacity, running, installed)
 
     async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
         return Diagnosis(request.instance, "", "")

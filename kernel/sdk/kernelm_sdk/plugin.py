@@ -60,11 +60,17 @@ def find_manifests() -> tuple[dict[str, Manifest], dict[str, str]]:
     return good, broken
 
 
+def package_folder(package: str) -> Path | None:
+    """Where a package lies, installed or editable; None where there is none. A top-level one is found without importing it."""
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
+
+
 def _folder(point: EntryPoint) -> Path:
-    spec = importlib.util.find_spec(point.value)  # a top-level package: found without importing it
-    if spec is None or not spec.submodule_search_locations:
+    if (folder := package_folder(point.value)) is None:
         raise ClientFault("invalid_manifest", f"entry point {point.name} = {point.value!r} names no package")
-    return Path(next(iter(spec.submodule_search_locations)))
+    return folder
 
 
 class NoSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

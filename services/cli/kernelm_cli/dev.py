@@ -156,7 +156,7 @@ class DevSession:
                 self._console.print(Text.assemble((_clock(), "dim"), ("  ✓ ", "bold green"), "back to what runs in ", self._pool))
             return None
         wanted = self._starting.request("plugin dev", replaces, AT_ONCE)
-        wanted = msgspec.structs.replace(wanted, manifest=self._source.text, source=digest)
+        wanted = msgspec.structs.replace(wanted, manifest=self._source.text, source=digest, instances=wanted.instances or 1)
 
         async def ask() -> Swap:
             return await ask_load(self._bus, wanted)

@@ -7,8 +7,9 @@ from rich.text import Text
 
 from kernelm_cli.home import read_up
 from kernelm_cli.results import short
-from kernelm_cli.session import Output, connection, print_json, stdout
-from kernelm_cli.swapping import OVER, headline, state_of
+from kernelm_cli.session import Output, print_json, stdout
+from kernelm_cli.state import system_state
+from kernelm_cli.swapping import headline
 from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import LoadedPlugin, PoolSpec, SystemState
 
@@ -17,7 +18,7 @@ def list_(*, output: Output = Output()) -> int:
     """List the plugins that can be run, and the pools that run them; none of their code is run for it."""
     manifests, broken = find_manifests()
     up = read_up(output.folder)
-    state = asyncio.run(_state(output)) if up and up.alive() else None
+    state = asyncio.run(system_state(output.folder)) if up and up.alive() else None
     plugins = [LoadedPlugin(m) for m in manifests.values()]
     plugins += [p for p in state.plugins if p.source] if state else []
     ready: dict[str, int] = {}
@@ -36,14 +37,9 @@ def list_(*, output: Output = Output()) -> int:
     if state is not None:
         console.print(_pools(state))
         for swap in state.swaps:
-            if swap.phase not in OVER:
+            if not swap.over:
                 console.print(f"swap {swap.id} is {swap.phase}: {headline(swap)}", highlight=False)
     return 1 if broken else 0
-
-
-async def _state(output: Output) -> SystemState:
-    async with connection(output.folder) as bus:
-        return await state_of(bus)
 
 
 def _plugins(plugins: list[LoadedPlugin], broken: dict[str, str]) -> Table:

@@ -12,6 +12,7 @@ import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from kernelm.lifecycle import LIVE
 from kernelm_cli import amounts, plugin_list, staging
 from kernelm_cli.results import short
 from kernelm_cli.session import Output, connection, print_json, stdout
@@ -78,7 +79,7 @@ class Starting:
         """The request, without the plugin."""
         if self.instances < 0:
             raise ClientFault("invalid", f"--instances {self.instances} is less than one", "1 or more")
-        return LoadRequest(replaces=replaces, runtime=self.runtime, instances=self.instances or 1, image=self.image,
+        return LoadRequest(replaces=replaces, runtime=self.runtime, instances=self.instances, image=self.image,
                            settings=amounts.settings(self.settings), artifacts=self.artifact, canary=canary, bounds=bounds,
                            why=why)  # fmt: skip
 
@@ -113,7 +114,7 @@ def load(plugin: Annotated[str, Parameter(name="PLUGIN|PATH")], /, *, starting: 
     plugin
         An installed plugin's name, a folder with a plugin (./my-plugin), or a wheel.
     """
-    return _start(plugin, starting.request(change.why), starting, change)
+    return _start(plugin, starting.request(change.why), change)
 
 
 @app.command
@@ -132,10 +133,10 @@ def replace(what: What, plugin: Annotated[str, Parameter(name="PLUGIN|PATH")] = 
         with other settings or after an upgrade.
     """
     canary, bounds = replacing.bounds()
-    return _start(plugin, starting.request(change.why, what, bounds, canary), starting, change)
+    return _start(plugin, starting.request(change.why, what, bounds, canary), change)
 
 
-def _start(plugin: str, request: LoadRequest, starting: Starting, options: Change) -> int:
+def _start(plugin: str, request: LoadRequest, options: Change) -> int:
     console = stdout()
     if plugin and not staging.is_path(plugin) and not TOKEN.match(plugin):
         raise ClientFault("invalid", f"{plugin!r} is no plugin's name and no path",
@@ -143,7 +144,7 @@ def _start(plugin: str, request: LoadRequest, starting: Starting, options: Chang
 
     async def work() -> None:
         async with prepared(plugin) as source, connection(options.folder) as bus:
-            wanted = await _complete(bus, options.folder, plugin, source, request, starting.instances)
+            wanted = await _complete(bus, options.folder, plugin, source, request)
             if source is not None and not options.json:
                 m = source.manifest
                 console.print(f"{m.name} {m.version} is stored as {short(wanted.source)}", highlight=False)
@@ -158,14 +159,10 @@ def _start(plugin: str, request: LoadRequest, starting: Starting, options: Chang
     return 0
 
 
-async def _complete(bus: Bus, home: Path, plugin: str, source: staging.Source | None, request: LoadRequest,
-                    instances: int) -> LoadRequest:  # fmt: skip
-    """The request with the plugin's files, and with as many instances as run now where none were asked for."""
-    if request.replaces:
-        state = await state_of(bus)
-        if (spec := resolve(state, request.replaces)) is None:
-            raise unknown(state, request.replaces)
-        request = msgspec.structs.replace(request, instances=instances or max(spec.instances, 1))
+async def _complete(bus: Bus, home: Path, plugin: str, source: staging.Source | None, request: LoadRequest) -> LoadRequest:
+    """The request with the plugin's files, which are not stored for nothing: what they shall replace is there."""
+    if request.replaces and resolve(state := await state_of(bus), request.replaces) is None:
+        raise unknown(state, request.replaces)
     if source is None:
         return msgspec.structs.replace(request, plugin=plugin)
     digest, _ = await store(bus, home, source)
@@ -313,7 +310,7 @@ async def _scaled(bus: Bus, console: Console, spec: PoolSpec) -> None:
 
 
 def _live(state: SystemState, pool: str) -> list[str]:
-    return [i.id for i in state.instances if i.pool == pool and i.state not in ("exited", "lost")]
+    return [i.id for i in state.instances if i.pool == pool and i.state in LIVE]
 
 
 def _ready(state: SystemState, pool: str) -> list[str]:

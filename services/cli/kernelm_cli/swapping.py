@@ -20,9 +20,9 @@ from kernelm_cli.view import duration
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
 from kernelm_sdk.events import Received
+from kernelm_sdk.pools import find_pool
 from kernelm_sdk.system import Diagnosis, Empty, InstanceName, Kernel, Node, PoolSpec, Swap, SwapChanged, SystemState
 
-OVER = frozenset({"done", "rolled_back", "failed"})
 ORDER = ("starting", "probing", "watching", "retiring", "done")
 MARKS = {"past": Text("✓", "bold green"), "ahead": Text("·", "dim"), "broken": Text("✗", "bold red")}
 STORED = re.compile(r"[^\s\"]*/artifacts/trees/[0-9a-f]{64}/files/")  # where the store keeps an artifact
@@ -37,12 +37,8 @@ async def state_of(bus: Bus, patience_s: float = 5.0) -> SystemState:
 
 
 def resolve(state: SystemState, name: str) -> PoolSpec | None:
-    """The pool called so, or the one that serves the contract, deployment or plugin called so, as the kernel finds it."""
-    pools = {p.pool: p for p in state.pools}
-    serving = [name] if name in pools and not pools[name].parked else []
-    serving += [r.to[-1].pool for r in state.routes if r.name == name and r.to]
-    serving += [p.pool for p in state.pools if p.plugin == name and p.contracts and not p.parked][-1:]
-    return next((pools[p] for p in (*serving, name) if p in pools), None)
+    """The pool that `name` means, as the kernel finds it."""
+    return find_pool(name, {p.pool: p for p in state.pools}, state.routes)
 
 
 async def changes(bus: Bus, ask: Callable[[], Awaitable[Swap]]) -> AsyncIterator[tuple[Swap, SystemState | None]]:
@@ -59,7 +55,7 @@ async def changes(bus: Bus, ask: Callable[[], Awaitable[Swap]]) -> AsyncIterator
     try:
         swap = await ask()
         yield swap, None
-        while swap.phase not in OVER:
+        while not swap.over:
             try:
                 new, state = await asyncio.wait_for(events.get(), LOOK_S), None
             except TimeoutError:
@@ -92,7 +88,7 @@ async def follow(bus: Bus, console: Console, ask: Callable[[], Awaitable[Swap]],
                 for line in () if drawn or quiet else plain.update(swap):
                     console.print(line, highlight=False, markup=False, soft_wrap=True)
     except asyncio.CancelledError:  # Ctrl-C: the kernel does not hear of it
-        if swap is not None and swap.phase not in OVER:
+        if swap is not None and not swap.over:
             Console(stderr=True).print(f"[bold]swap {swap.id} goes on in the background[/]\n"
                                        f"  follow it     kernelm events --type swap --follow\n"
                                        f"  turn it back  kernelm plugin rollback {swap.pool}", highlight=False)  # fmt: skip
@@ -257,13 +253,12 @@ async def fault_of(bus: Bus, swap: Swap, root: Path | None = None) -> Fault:
 
 async def conclude(bus: Bus, console: Console, swap: Swap, json: Callable[[Any], None] | None, wanted: frozenset[str]) -> None:
     """The last word on a swap: one line, or JSON; the fault if it ended in no phase of `wanted`."""
-    over = swap.phase in OVER
-    fault = await fault_of(bus, swap) if over and swap.phase not in wanted else None
+    fault = await fault_of(bus, swap) if swap.over and swap.phase not in wanted else None
     state = await state_of(bus)
     if json is not None:
         routes = [r for r in state.routes if r.name in swap.routes]
         json({"swap": swap, "routes": routes, "fault": fault.body() if fault else None})
-    elif not over:
+    elif not swap.over:
         console.print(f"{headline(swap)} goes on as swap {swap.id}; `kernelm events --type swap -f` follows it", highlight=False)
     elif fault is None:
         console.print(summary(swap, state), soft_wrap=True)

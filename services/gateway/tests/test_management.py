@@ -138,7 +138,7 @@ async def stored(system: System, folder: Path) -> str:
 async def over(system: System, swap: str) -> Swap:
     async def ended() -> Swap | None:
         swaps = (await system.state()).swaps
-        return next((s for s in swaps if s.id == swap and s.phase in ("done", "failed", "rolled_back")), None)
+        return next((s for s in swaps if s.id == swap and s.over), None)
 
     found: Swap = await until(ended, 90.0, f"the end of swap {swap}")
     return found

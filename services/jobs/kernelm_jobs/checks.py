@@ -19,9 +19,9 @@ from kernelm_contracts.scheduler import (
     Share,
     Tenant,
 )
+from kernelm_jobs.rounds import CPU_TOLERANCE
 from kernelm_sdk.system import Resources
 
-TOLERANCE = 1e-6  # cores; sums of decimal fractions are not exact
 Amounts = dict[str, float]
 
 
@@ -221,6 +221,6 @@ def _add(to: Amounts, what: Amounts, sign: int) -> None:
 def _over(need: Amounts, room: Amounts, asked: Amounts | None = None) -> str:
     """The first dimension in which `need` is more than `room`, of those in which something was asked for."""
     for name, amount in need.items():
-        if (asked or need).get(name, 0.0) > 0 and amount > room.get(name, 0.0) + TOLERANCE:
+        if (asked or need).get(name, 0.0) > 0 and amount > room.get(name, 0.0) + CPU_TOLERANCE:
             return f"{amount:g} {name} of {room.get(name, 0.0):g}"
     return ""

@@ -4,34 +4,21 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from kernelm.testing.harness import System, until
+from kernelm.testing.node import InlineNode
 from kernelm_contracts.data import Data, DatasetCard, Prepared, PrepareRequest
 from kernelm_contracts.jobs import JobName, JobRecord, Jobs, RunName, RunRecord, RunSpec, RunView
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, ServedModel, Server
 from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin
-from kernelm_sdk.bus import Bus
-from kernelm_sdk.enrollment import join
 from kernelm_sdk.errors import ClientFault
-from kernelm_sdk.plugin import Call, Context, Job, Manifest, Plugin, Resources, load_plugin
-from kernelm_sdk.runner import Member
-from kernelm_sdk.system import (
-    Diagnosis,
-    Empty,
-    ExitReport,
-    InstanceName,
-    Kernel,
-    NodeReport,
-    PoolSpec,
-    Running,
-    StartInstance,
-)
+from kernelm_sdk.plugin import Call, Job, Manifest, Plugin
+from kernelm_sdk.system import PoolSpec
 
 SETTINGS = "watch_every_s = 0.2\nprobe_every_s = 0.4\ndeploy_s = 10.0\n"
 Act = Callable[[TrainRequest, Job], Awaitable[Trained]]
@@ -94,66 +81,6 @@ FACTORIES: dict[str, type[Plugin]] = {
 }  # fmt: skip
 
 
-class InProcessNode:
-    """`node/1` with instances as tasks of the test; `kill` ends one as `kill -9` would."""
-
-    def __init__(self, system: System, bus: Bus, home: Path) -> None:
-        self.system, self.bus, self.capacity = system, bus, Resources(2.0, 8000)
-        self.factories = dict(FACTORIES)
-        self.members: dict[str, tuple[Member, asyncio.Task[None]]] = {}
-        self.stopped: list[str] = []
-
-    async def start_instance(self, request: StartInstance) -> None:
-        bus = await self.system.track(Bus.connect(self.system.broker.url, await join(self.system.broker.url, request.token)))
-        manifest = MANIFESTS[request.plugin]
-        scratch = self.system.home / "scratch" / request.instance
-        scratch.mkdir(parents=True, exist_ok=True)
-        context = Context(bus, request.instance, request.pool, manifest, scratch)
-        member = Member(bus, request.instance, manifest.name, manifest.version, manifest.contracts, manifest.max_jobs)
-        member.own_process = False  # it lives in the test's: one that is shut out must not end it
-
-        async def build(settings: dict[str, Any]) -> Plugin:
-            return load_plugin(manifest, context, settings, self.factories[request.plugin])
-
-        task = asyncio.create_task(member.run(build))
-        self.members[request.instance] = (member, task)
-        task.add_done_callback(lambda done: self._ended(request.instance, done))
-
-    def _ended(self, instance: str, task: asyncio.Task[None]) -> None:
-        code = -9 if task.cancelled() else int(task.exception() is not None)
-        self.members.pop(instance, None)
-        report = asyncio.ensure_future(self.bus.call(Kernel.exited, ExitReport(instance, code, "killed" if code == -9 else "")))
-        report.add_done_callback(lambda r: r.cancelled() or r.exception())
-
-    async def kill(self, instance: str) -> None:
-        member, task = self.members[instance]
-        await member.bus._client.close()  # at once: nothing is flushed
-        task.cancel()
-
-    async def on_start(self) -> None: ...
-
-    async def on_stop(self) -> None: ...
-
-    async def start(self, request: StartInstance, call: Any) -> Running:
-        await self.start_instance(request)
-        return Running(request.instance, request.pool, request.plugin, request.runtime, 0)
-
-    async def stop(self, request: InstanceName, call: Any) -> Empty:
-        if entry := self.members.get(request.instance):
-            self.stopped.append(request.instance)
-            entry[0].stopping.set()
-            await asyncio.wait([entry[1]], timeout=min(request.grace_s, 0.5))
-            if not entry[1].done():
-                await self.kill(request.instance)
-        return Empty()
-
-    async def report(self, request: Empty, call: Any) -> NodeReport:
-        return NodeReport("local", self.capacity, self.capacity, (), dict.fromkeys(MANIFESTS, "1"))
-
-    async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
-        return Diagnosis(request.instance, "", "")
-
-
 def _manifest(name: str, contract: str, **more: Any) -> Manifest:
     return Manifest(name, "1", "scripted", (contract,), "conftest:Scripted", default=False, calls=("jobs/1",), **more)
 
@@ -167,7 +94,7 @@ class Kit:
 
     trained, digest = staticmethod(trained), staticmethod(digest)
 
-    def __init__(self, system: System, node: InProcessNode) -> None:
+    def __init__(self, system: System, node: InlineNode) -> None:
         self.system, self.node, self.acts, self.done = system, node, ScriptedTrainer.acts, ScriptedTrainer.done
         self.factories = node.factories
         self.bus = system.admin
@@ -214,12 +141,6 @@ async def kit() -> AsyncIterator[Kit]:
     ScriptedTrainer.acts, ScriptedTrainer.done = {}, []
     async with System(manifests=dict(MANIFESTS)) as system:
         (system.home / "jobs.toml").write_text(SETTINGS)
-        bus = await system.connect("node-local")
-        node = InProcessNode(system, bus, system.home)
-
-        async def build(_: dict[str, Any]) -> InProcessNode:
-            return node
-
-        await system.member(Member(bus, "node-local", "node", "", ("node/1",)), build)
+        node = await system.node({name: (manifest, FACTORIES[name]) for name, manifest in MANIFESTS.items()}, "node-local")
         await system.service("jobs")
         yield Kit(system, node)

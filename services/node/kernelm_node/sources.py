@@ -3,12 +3,11 @@
 import asyncio
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
-from kernelm_sdk.plugin import GROUP, MANIFEST, Manifest, find_manifests, read_manifest
+from kernelm_sdk.plugin import GROUP, MANIFEST, Manifest, find_manifests, package_folder, read_manifest
 from kernelm_sdk.system import ArtifactName, Artifacts, StartInstance
 
 OPEN_S = 20.0  # for one artifact; every byte of it is verified
@@ -48,12 +47,12 @@ class Sources:
             self._points = {point.name: point for point in entry_points(group=GROUP)}
             self._stamp = stamp
         point = self._points.get(plugin)
-        spec = find_spec(point.value) if point else None  # a top-level package: found without importing it
-        if spec is None or not spec.submodule_search_locations:
+        folder = package_folder(point.value) if point else None
+        if folder is None:
             manifests, broken = find_manifests()
             raise ClientFault("unknown_plugin", f"node {self._node} has no plugin {plugin!r}",
                               broken.get(plugin) or f"installed are {', '.join(sorted(manifests)) or 'none'}")  # fmt: skip
-        return Path(next(iter(spec.submodule_search_locations))) / MANIFEST
+        return folder / MANIFEST
 
     async def open_all(self, digests: tuple[str, ...]) -> tuple[Path, ...]:
         return tuple([await self._open(digest) for digest in digests])

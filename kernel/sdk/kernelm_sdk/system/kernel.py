@@ -161,6 +161,11 @@ class Swap(Struct, frozen=True):
     took_ms: float = 0.0  # the change of the routes in the broker
     outcome: str = ""  # what decided it, with the figures
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.phase in ("done", "rolled_back", "failed")
+
 class SystemState(Struct, frozen=True):
     instances: tuple[Instance, ...]
     pools: tuple[PoolSpec, ...]

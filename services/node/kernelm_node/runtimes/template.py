@@ -2,7 +2,6 @@
 to read, one scratch folder, one secret. Pure: from a `Launch` to the arguments of the Docker engine's "create container"."""
 
 import hashlib
-import importlib.util
 import os
 import re
 from importlib.metadata import entry_points
@@ -14,7 +13,7 @@ from docker.types import DeviceRequest, LogConfig, Mount
 from kernelm_node.runtimes.relay import SOCKET
 from kernelm_node.runtimes.runtime import Launch
 from kernelm_sdk.errors import ClientFault, PluginFault
-from kernelm_sdk.plugin import GROUP, MANIFEST
+from kernelm_sdk.plugin import GROUP, MANIFEST, package_folder
 from kernelm_sdk.system import Limits
 
 HOME_LABEL, INSTANCE_LABEL = "kernelm.home", "kernelm.instance"
@@ -65,10 +64,8 @@ def plugin_folder(launch: Launch) -> tuple[Path, Path]:
     if launch.source is not None:
         return launch.source.absolute(), launch.source.absolute()
     for point in entry_points(group=GROUP, name=launch.plugin):
-        spec = importlib.util.find_spec(point.value.partition(".")[0])  # not imported by this
-        if spec is not None and spec.submodule_search_locations:
-            package = Path(next(iter(spec.submodule_search_locations))).absolute()
-            return package, package.parent
+        if package := package_folder(point.value.partition(".")[0]):
+            return package.absolute(), package.absolute().parent
     raise PluginFault("not_installed", f"plugin {launch.plugin!r} is not a package that is installed on this node",
                       "install it, or load it as an artifact: kernelm plugin load PATH")  # fmt: skip
 

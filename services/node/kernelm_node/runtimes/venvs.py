@@ -16,13 +16,12 @@ import signal
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 from kernelm_sdk.errors import ClientFault, KernelFault
-from kernelm_sdk.plugin import GROUP
+from kernelm_sdk.plugin import GROUP, package_folder
 
 OWN = {"kernelm-sdk": "kernelm_sdk", "kernelm-contracts": "kernelm_contracts"}  # distribution -> package; the node's copies
 NOT_FETCHED = {*OWN, "kernelm"}  # the kernel is no plugin's to import
@@ -66,12 +65,7 @@ def _normal(requirement: Requirement) -> str:
 
 def _own_packages() -> dict[str, Path]:
     """Distribution -> folder of its package, of those in OWN that are installed here, editable or not."""
-    found = {}
-    for distribution, package in OWN.items():
-        spec = find_spec(package)
-        if spec is not None and spec.submodule_search_locations:
-            found[distribution] = Path(next(iter(spec.submodule_search_locations)))
-    return found
+    return {name: folder for name, package in OWN.items() if (folder := package_folder(package))}
 
 
 def _contents(folder: Path) -> str:
