@@ -5,9 +5,12 @@ A real system: broker, kernel, artifact store and node as processes, the plugin'
 an answer. Every request has a number, and every instance writes down the numbers that it was asked for: a number without an
 answer is lost, one that was written down twice is duplicated. Phases are interleaved: swapping, steady, restarting. A swap
 counts from the request to the kernel until all calls go to the new version (`retiring`); a restart is what is done without
-one: the same plugin, stopped (SIGTERM) and started cold as a process, until it answers again. The plugin imports nothing but
-the SDK, so no restart is shorter than this one. Beside it, at the end and without load: the whole system, stopped and started
-until a call is answered, as where a plugin can't be replaced by itself.
+one: the same plugin, stopped (SIGTERM) and started cold as a process, until it answers again.
+
+Both are timed, in the phase `restarting`, with a plugin that imports torch, as those that serve or train a model do, and this
+pair is `swap_over_restart`. Beside it in the figures: the plugin that takes the load, which imports nothing but the SDK, so
+that no restart is shorter than its; and, at the end and without load, the whole system, stopped and started until a call is
+answered, as where a plugin can't be replaced by itself.
 
 Environment: ROUNDS, SWAPS (a round), RESTARTS (a round), RATE (requests/s), PAUSE_S (between two swaps), REQUESTS (at least).
 """
@@ -25,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -38,7 +42,6 @@ from kernelm_sdk.system import Artifacts, Bounds, Kernel, LoadRequest, PoolName,
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "counting"))
-from counting import Count, Numbered
 from load import Load, Plan
 from reporting import conditions, finish, median, quantile
 
@@ -47,11 +50,12 @@ from kernel import kernelm, start
 HERE = Path(__file__).parent
 ROUNDS = int(os.environ.get("ROUNDS", "10"))
 SWAPS = int(os.environ.get("SWAPS", "100"))
-RESTARTS = int(os.environ.get("RESTARTS", "3"))
-RATE = float(os.environ.get("RATE", "2000"))
-PAUSE_S = float(os.environ.get("PAUSE_S", "0.25"))
+RESTARTS = int(os.environ.get("RESTARTS", "2"))
+RATE = float(os.environ.get("RATE", "1500"))
+PAUSE_S = float(os.environ.get("PAUSE_S", "0.75"))
 REQUESTS = int(os.environ.get("REQUESTS", "1000000")) if ROUNDS * SWAPS >= 1000 else 0  # a quick check needs no million
 SYSTEMS = 3  # restarts of the whole system
+HEAVY = "heavy"  # name and contract of the plugin that imports torch
 SETTLE_S = 1.0  # at the edges of a phase, counted to none
 Span = tuple[float, float]  # time.monotonic
 console = Console(stderr=True, soft_wrap=True)
@@ -65,6 +69,8 @@ class Timed:
         self.whole: list[float] = []  # ... -> the old one is gone
         self.moves_ms: list[float] = []  # the change of the routes in the broker
         self.restarts: list[float] = []
+        self.heavy_swaps: list[float] = []  # of the plugin that imports torch
+        self.heavy_restarts: list[float] = []
         self.systems: list[float] = []
         self.spans: dict[str, list[Span]] = {"swapping": [], "steady": []}
 
@@ -72,8 +78,8 @@ class Timed:
 class Swapping:
     """Replaces the one version by the other."""
 
-    def __init__(self, bus: Bus, versions: list[tuple[str, str]], folder: Path) -> None:
-        self._bus, self._folder = bus, folder
+    def __init__(self, bus: Bus, contract: str, versions: list[tuple[str, str]], folder: Path) -> None:
+        self._bus, self._contract, self._folder = bus, contract, folder
         self._versions = itertools.cycle(versions)  # manifest, digest
         self._swaps: dict[str, Swap] = {}
         self._at: dict[tuple[str, str], float] = {}
@@ -89,9 +95,10 @@ class Swapping:
             async with self._news:
                 self._news.notify_all()
 
-    async def swap(self, replaces: str = "count/1") -> tuple[float, float, float]:
+    async def swap(self, first: bool = False) -> tuple[float, float, float]:
         """(seconds until the routes had moved, seconds until it was over, milliseconds of the move); exits on any other end."""
         manifest, source = next(self._versions)
+        replaces = "" if first else self._contract
         request = LoadRequest(manifest=manifest, source=source, replaces=replaces, settings={"folder": str(self._folder)},
                               bounds=Bounds(watch_s=0.0), why="bench-swap")  # fmt: skip
         begun = time.monotonic()
@@ -100,7 +107,7 @@ class Swapping:
         def over() -> bool:
             return id in self._swaps and self._swaps[id].over
 
-        async with asyncio.timeout(60.0), self._news:
+        async with asyncio.timeout(120.0), self._news:
             await self._news.wait_for(over)
         swap = self._swaps.pop(id)
         if swap.phase != "done":
@@ -119,21 +126,22 @@ class Restarting:
 
     async def start(self) -> None:
         """Start it and wait for its first answer."""
-        name = f"cold-{next(self._numbers)}"
+        name = f"{self._plugin.name}-{next(self._numbers)}"
         scratch = self._system.home / "scratch" / name
         scratch.mkdir(parents=True)
         token = scratch / "token"
         token.touch(mode=0o600)
-        token.write_text(self._authority.token(name, Grant("plugin", name, "cold", "counting")))
+        token.write_text(self._authority.token(name, Grant("plugin", name, self._plugin.name, "counting")))
         environment = os.environ | {
             "KERNELM_URL": self._system.broker.url, "KERNELM_HOME": str(self._system.home), "KERNELM_INSTANCE": name,
-            "KERNELM_PLUGIN": "counting", "KERNELM_POOL": "cold", "KERNELM_SCRATCH": str(scratch), "KERNELM_TOKEN_FILE": str(token),
-            "KERNELM_MANIFEST": str(self._plugin / MANIFEST), "PYTHONPATH": str(self._plugin),
+            "KERNELM_PLUGIN": "counting", "KERNELM_POOL": self._plugin.name, "KERNELM_SCRATCH": str(scratch),
+            "KERNELM_TOKEN_FILE": str(token), "KERNELM_MANIFEST": str(self._plugin / MANIFEST), "PYTHONPATH": str(self._plugin),
         }  # fmt: skip
         with (self._system.home / "logs" / "cold.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(sys.executable, "-m", "kernelm_sdk.runner", env=environment,
                                                                  stdout=log, stderr=log)  # fmt: skip
-        subject = f"svc.cold.v1.say.{self._system.admin.user}"
+        contract = self._plugin.name.rpartition("-")[0]
+        subject = f"svc.{contract}.v1.say.{self._system.admin.user}"
 
         async def answers() -> bool:
             try:
@@ -157,13 +165,18 @@ class Restarting:
         return time.monotonic() - begun
 
 
-def version(folder: Path, number: int, contract: str = "count") -> Path:
-    """A copy of the plugin under another version, and another contract if so wanted."""
+def version(folder: Path, number: int, contract: str = "count", imports: str = "") -> Path:
+    """A copy of the plugin under another version, and under another name, contract and imports if so wanted."""
     made = folder / f"{contract}-{number}"
     made.mkdir()
     for file in (HERE / "counting").glob("*.*"):
-        text = file.read_text().replace("1.0.0", f"{number}.0.0")
-        (made / file.name).write_text(text.replace("count/1", f"{contract}/1").replace('name="count"', f'name="{contract}"'))
+        text = file.read_text().replace("1.0.0", f"{number}.0.0").replace("count/1", f"{contract}/1")
+        text = text.replace('name="count"', f'name="{contract}"')
+        if contract == HEAVY:
+            text = text.replace('name = "counting"', f'name = "{contract}"')
+        if imports and file.suffix == ".py":
+            text = text.replace("\nfrom array", f"\nimport {imports}\nfrom array", 1)
+        (made / file.name).write_text(text)
     return made
 
 
@@ -201,7 +214,16 @@ class Show:
             await asyncio.sleep(0.5)
 
 
-async def rounds(swapping: Swapping, restarting: Restarting, load: Load, timed: Timed, show: Show) -> None:
+class Plugins(msgspec.Struct):
+    """What is swapped and what is restarted, light and heavy."""
+
+    light: Swapping
+    heavy: Swapping
+    cold: Restarting
+    heavy_cold: Restarting
+
+
+async def rounds(plugins: Plugins, load: Load, timed: Timed, show: Show) -> None:
     """The phases, in turns."""
 
     async def phase(name: str, work: Any) -> None:
@@ -214,22 +236,25 @@ async def rounds(swapping: Swapping, restarting: Restarting, load: Load, timed: 
 
     async def swap() -> None:
         for _ in range(SWAPS):
-            moved, whole, move_ms = await swapping.swap()
+            moved, whole, move_ms = await plugins.light.swap()
             timed.swaps.append(moved)
             timed.whole.append(whole)
             timed.moves_ms.append(move_ms)
             await asyncio.sleep(PAUSE_S)
 
     async def restart() -> None:
-        await restarting.start()
+        for cold, restarts in ((plugins.cold, timed.restarts), (plugins.heavy_cold, timed.heavy_restarts)):
+            await cold.start()
+            for _ in range(RESTARTS):
+                restarts.append(await cold.restart())
+            await cold.stop()
         for _ in range(RESTARTS):
-            timed.restarts.append(await restarting.restart())
-        await restarting.stop()
+            timed.heavy_swaps.append((await plugins.heavy.swap())[0])
 
     for number in range(ROUNDS):
         await phase("swapping", swap())
         begun, ended = timed.spans["swapping"][-1]
-        await phase("steady", asyncio.sleep(max((ended - begun) / 2, 3 * SETTLE_S)))
+        await phase("steady", asyncio.sleep(max((ended - begun) / 4, 3 * SETTLE_S)))
         await phase("restarting", restart())
         console.print(f"round {number + 1:2}/{ROUNDS}  {show.text()}")
     missing = REQUESTS - load.standing.sent
@@ -237,18 +262,19 @@ async def rounds(swapping: Swapping, restarting: Restarting, load: Load, timed: 
         await phase("steady", asyncio.sleep(missing / RATE + 1.0))
 
 
-async def loaded(system: System, folder: Path) -> Swapping:
-    """Both versions in the store, the first one serving."""
+async def loaded(system: System, folder: Path, contract: str = "count", imports: str = "") -> Swapping:
+    """Both versions in the store, the first one serving, and both with a parent to fork from: they ran before."""
     versions = []
     for number in (1, 2):
-        path = version(folder, number)
+        path = version(folder, number, contract, imports)
         stored = await system.admin.call(Artifacts.put, PutArtifact(str(path), "plugin"))
         versions.append(((path / MANIFEST).read_text(), stored.digest))
-    (folder / "ids").mkdir()
-    swapping = Swapping(system.admin, versions, folder / "ids")
+    ids = folder / f"{contract}-ids"
+    ids.mkdir()
+    swapping = Swapping(system.admin, contract + "/1", versions, ids)
     await swapping.listen()
-    await swapping.swap(replaces="")
-    await system.admin.call(Count.say, Numbered(-1, ""))
+    await swapping.swap(first=True)
+    await swapping.swap()
     return swapping
 
 
@@ -278,8 +304,9 @@ async def measure(folder: Path, timed: Timed) -> tuple[Load, int, int]:
     async with System(kernel="process") as system:
         await system.service("artifacts")
         await system.service("node")
-        swapping = await loaded(system, folder)
-        restarting = Restarting(system, version(folder, 1, "cold"))
+        light, heavy = await loaded(system, folder), await loaded(system, folder, HEAVY, "torch")
+        cold = [Restarting(system, version(folder, 1, name, imports)) for name, imports in (("cold", ""), ("heavycold", "torch"))]
+        plugins = Plugins(light, heavy, *cold)
         me, broker = Authority(system.home).credentials("load"), system.broker
         plan = Plan(broker.host, broker.port, me.user, me.jwt, me.seed, f"svc.count.v1.say.{me.user}", RATE, "x" * 200,
                     str(folder / "load"))  # fmt: skip
@@ -289,13 +316,14 @@ async def measure(folder: Path, timed: Timed) -> tuple[Load, int, int]:
                 async with Load(plan) as load:
                     show = Show(progress, load, timed)
                     showing = asyncio.create_task(show.run())
-                    await rounds(swapping, restarting, load, timed, show)
+                    await rounds(plugins, load, timed, show)
                     showing.cancel()
                     await load.end()
             await stopped(system)
-            twice, unseen = duplicated(folder / "ids", lambda k: load.took[k] >= 0, len(load.took))
+            twice, unseen = duplicated(folder / "count-ids", lambda k: load.took[k] >= 0, len(load.took))
         finally:
-            await restarting.stop()
+            await plugins.cold.stop()
+            await plugins.heavy_cold.stop()
             if keep := os.environ.get("KEEP"):  # the logs, for whoever looks into a figure
                 shutil.copytree(system.home / "logs", keep, dirs_exist_ok=True)
     return load, twice, unseen
@@ -303,12 +331,12 @@ async def measure(folder: Path, timed: Timed) -> tuple[Load, int, int]:
 
 async def stopped(system: System) -> None:
     """The last pool gone, its numbers written down."""
-    for pool in [p.pool for p in (await system.state()).pools if p.plugin == "counting"]:
+    for pool in [p.pool for p in (await system.state()).pools if p.plugin in ("counting", HEAVY)]:
         await system.admin.call(Kernel.stop_pool, PoolName(pool))
 
     async def gone() -> bool:
-        live = [i for i in (await system.state()).instances if i.plugin == "counting" and i.state not in ("exited", "lost")]
-        return not live
+        instances = (await system.state()).instances
+        return all(i.state in ("exited", "lost") for i in instances if i.plugin in ("counting", HEAVY))
 
     await until(gone, 60.0, "the end of the last instance")
 
@@ -319,7 +347,7 @@ def report(timed: Timed, load: Load, twice: int, unseen: int) -> None:
     p99 = {name: quantile(values, 0.99) for name, values in took.items()}
     goals = {"swaps": len(timed.swaps), "requests": len(load.took), "lost": load.lost, "duplicated": twice,
              "p99_ratio": p99["swapping"] / p99["steady"],
-             "swap_over_restart": median(timed.swaps) / median(timed.restarts)}  # fmt: skip
+             "swap_over_restart": median(timed.heavy_swaps) / median(timed.heavy_restarts)}  # fmt: skip
     quantiles = (0.5, 0.9, 0.99, 0.999)
     figures: dict[str, Any] = {
         f"{name}_ms": {f"p{100 * q:g}": round(quantile(values, q) * 1e3, 3) for q in quantiles} for name, values in took.items()
@@ -328,7 +356,9 @@ def report(timed: Timed, load: Load, twice: int, unseen: int) -> None:
         "swap_ms": {f"p{100 * q:g}": round(quantile(timed.swaps, q) * 1e3, 1) for q in (0.5, 0.99, 1)},
         "swap_whole_ms": {f"p{100 * q:g}": round(quantile(timed.whole, q) * 1e3, 1) for q in (0.5, 0.99, 1)},
         "route_change_ms": {f"p{100 * q:g}": round(quantile(timed.moves_ms, q), 2) for q in (0.5, 0.99, 1)},
-        "restart_ms": {f"p{100 * q:g}": round(quantile(timed.restarts, q) * 1e3) for q in (0.5, 1)},
+        "torch": {"swap_ms": round(median(timed.heavy_swaps) * 1e3, 1), "restart_ms": round(median(timed.heavy_restarts) * 1e3)},
+        "bare_restart_ms": round(median(timed.restarts) * 1e3),
+        "bare_swap_over_restart": round(median(timed.swaps) / median(timed.restarts), 4),
         "system_restart_ms": round(median(timed.systems) * 1e3),
         "swap_over_system_restart": round(median(timed.swaps) / median(timed.systems), 4),
         "answered_unseen": unseen, "faults": load.standing.faults,

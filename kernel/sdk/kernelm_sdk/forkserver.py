@@ -324,7 +324,7 @@ def main() -> int:
     lock.close()
     forked = Parent(folder, *opened).serve()
     if forked is None:
-        return 0
+        _leave(0)
     become(forked)
     _leave(runner.main())
 

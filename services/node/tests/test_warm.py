@@ -159,18 +159,20 @@ async def test_what_must_not_be_forked_starts_cold(nursery: Nursery, caplog: pyt
     await task.wait()
 
 
-async def test_a_change_of_the_plugin_makes_a_new_parent_and_the_old_one_ends(nursery: Nursery) -> None:
+async def test_a_change_of_the_plugin_makes_a_new_parent_and_the_one_before_stays_for_the_way_back(nursery: Nursery) -> None:
     wait = "import signal; signal.pause()"
-    old, _ = await nursery.start(wait)
-    new, _ = await nursery.start(wait, version="2")
-    parents = [psutil.Process(t.pid).ppid() for t in (old, new)]
-    assert parents[0] != parents[1]
-    await old.kill()
-    assert await old.wait() == Exit(-signal.SIGKILL, "killed by the node")
-    await until(lambda: not started_at(parents[0]), 20, "the end of the parent of what was replaced")
-    assert started_at(parents[1])
-    await new.kill()
-    await new.wait()
+    one, two, back = [(await nursery.start(wait, version=v))[0] for v in ("1", "2", "1")]
+    parents = [psutil.Process(t.pid).ppid() for t in (one, two, back)]
+    assert parents[0] == parents[2] != parents[1]
+    three, _ = await nursery.start(wait, version="3")
+    assert all(started_at(parent) for parent in parents)
+    await two.kill()
+    assert await two.wait() == Exit(-signal.SIGKILL, "killed by the node")
+    await until(lambda: not started_at(parents[1]), 20, "the end of the parent of what is two changes old")
+    assert started_at(parents[0])
+    for task in (one, back, three):
+        await task.kill()
+        await task.wait()
 
 
 async def test_after_the_nodes_death_its_successor_adopts_the_living_and_the_dead(nursery: Nursery) -> None:

@@ -26,6 +26,7 @@ from kernelm_sdk.forkserver import FindInstance, ForkInstance, Hello, OpenParent
 log = logging.getLogger("kernelm.node")
 SERVER_S = 10.0  # until the base listens
 WARM_S = 10.0  # for an import that a start waits for; then it starts cold, and the next one finds the parent ready
+KEPT_PARENTS = 2  # of one plugin; unused they end by themselves (forkserver.UNUSED_S)
 CALL_S = 10.0  # for an answer of a process that has nothing else to do
 # of the environment: what tells nothing about an import
 PASSING = ("KERNELM_", "PYTEST_", "SSH_", "LISTEN_", "XDG_SESSION", "TERM", "WINDOWID")
@@ -97,7 +98,7 @@ class WarmStarts:
         self._base: Link | None = None
         self._starting = asyncio.Lock()
         self._parents: dict[str, asyncio.Task[Link]] = {}
-        self._plugins: dict[str, str] = {}  # plugin -> key of its newest parent
+        self._plugins: dict[str, list[str]] = {}  # plugin -> keys of its parents, the last used one at the end
         self._others: dict[str, Link] = {}  # to parents of an earlier node's server: only to reap
         self._children: set[subprocess.Popen[bytes]] = set()
 
@@ -190,14 +191,17 @@ class WarmStarts:
         return link
 
     async def _replaced(self, plugin: str, key: str) -> None:
-        """The plugin's parent from before its change ends when its last instance has."""
-        old, self._plugins[plugin] = self._plugins.get(plugin, key), key
-        if old != key and (task := self._parents.pop(old, None)) and task.done() and not task.exception():
-            link = task.result()
-            if link.open and self._folder is not None:
-                with contextlib.suppress(NotWarm):
-                    await link.ask(Retire())
-                    self._others[f"{self._folder.name}/{old}"] = link
+        """A plugin keeps two parents: of what runs, and of what ran before it, for the way back. An older one ends when its
+        last instance has."""
+        keys = self._plugins[plugin] = [k for k in self._plugins.get(plugin, ()) if k != key] + [key]
+        for old in keys[:-KEPT_PARENTS]:
+            keys.remove(old)
+            if (task := self._parents.pop(old, None)) and task.done() and not task.exception():
+                link = task.result()
+                if link.open and self._folder is not None:
+                    with contextlib.suppress(NotWarm):
+                        await link.ask(Retire())
+                        self._others[f"{self._folder.name}/{old}"] = link
 
     async def _to(self, parent: str) -> Link:
         folder, key = parent.split("/")
