@@ -138,7 +138,8 @@ class Router:
         in_force = (await self._system.request(subject, b"", 5.0)).data.decode()
         claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
         same = in_force == jwt if jwt else (
-            claims.get("mappings", {}) == self.mappings() and claims.get("revocations", {}) == self._due())  # fmt: skip
+            claims.get("mappings", {}) == self.mappings() and claims.get("revocations", {}) == self._due()
+            and claims.get("signing_keys", []) == self._authority.signing.public())  # fmt: skip
         self.health = "in force" if same else "the broker holds another table"
         if not same:
             raise KernelFault("routes_not_in_force", "the broker did not apply the routing table", "it is pushed again",

@@ -207,7 +207,7 @@ async def test_a_revocation_survives_the_kernel_and_the_broker(system: System) -
     assert system.kernel is not None
     await system.kernel.members.shut_out("mallory")
     await system.admin.call(Kernel.revoke_key, KeyName(made.key.id))
-    await until(lambda: not mallory.connected, 5, "the member cut off at once")
+    await until(lambda: not mallory.connected, 20, "the member cut off at once")
 
     async def refused() -> None:
         for held in (credentials, mallory.credentials):

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernelm_authority.identity import Authority, write_secret
+from kernelm_authority.files import write_secret
+from kernelm_authority.identity import Authority
 from kernelm_sdk.errors import ClientFault
 
 FLOOR = (2, 14, 3)  # authorization bypasses before

@@ -1,8 +1,9 @@
 """Keys and claims: who is who, and what each may do, in the form that the broker enforces (NATS JWT v2, nkeys).
 
-The operator key signs the account's claims, the account key signs users; both stay in `<home>/identity` (0700) with the
-kernel and the launcher. Everyone else makes its own key, proves a one-time join token, and gets a JWT whose allow lists
-are compiled here, deny by default. The last token of a subject is the user's name, so nobody can speak for another.
+The operator key signs the account's claims, a signing key of the account (signing.py) signs its users; they stay in
+`<home>/identity` (0700) with the kernel and the launcher. Everyone else makes its own key, proves a one-time join token,
+and gets a JWT whose allow lists are compiled here, deny by default. The last token of a subject is the user's name, so
+nobody can speak for another.
 """
 
 import base64
@@ -19,6 +20,8 @@ import msgspec
 import nkeys
 from nacl.signing import VerifyKey
 
+from kernelm_authority.files import write_secret
+from kernelm_authority.signing import SigningKeys
 from kernelm_sdk.bus import Credentials
 from kernelm_sdk.contract import token as subject_token
 from kernelm_sdk.enrollment import new_seed, public_key
@@ -61,13 +64,13 @@ def sign(claims: dict[str, Any], seed: str) -> str:
     return f"{head}.{_b64(nkeys.from_seed(seed.encode()).sign(head.encode()))}"
 
 
-def read(jwt: str, issuer: str = "") -> dict[str, Any]:
-    """The claims of a JWT; with `issuer`, ClientFault "unauthorized" unless that key signed it and it has not expired."""
+def read(jwt: str, *issuers: str) -> dict[str, Any]:
+    """The claims of a JWT; with `issuers`, ClientFault "unauthorized" unless one of them signed it and it has not expired."""
     try:
         head, _, signature = jwt.strip().rpartition(".")
         claims: dict[str, Any] = msgspec.json.decode(base64.urlsafe_b64decode(head.partition(".")[2] + "==="))
-        if issuer:
-            if claims["iss"] != issuer or 0 < claims.get("exp", 0) < time.time():
+        if issuers:
+            if (issuer := claims["iss"]) not in issuers or 0 < claims.get("exp", 0) < time.time():
                 raise ValueError("another issuer, or expired")
             raw = base64.b32decode(issuer + "=" * (-len(issuer) % 8))[1:-2]  # prefix byte, key, CRC16
             VerifyKey(raw).verify(head.encode(), base64.urlsafe_b64decode(signature + "==="))
@@ -127,6 +130,7 @@ class Authority:
         folder = home / "identity"
         self._seeds = {role: (folder / f"{role}.seed").read_text().strip() for role in ROLES}
         self.operator, self.account, self.system = (public_key(self._seeds[r]) for r in ("operator", "account", "system"))
+        self.signing = SigningKeys(folder / "signing", LIFETIME_S)
 
     def operator_jwt(self) -> str:
         nats = {"type": "operator", "version": 2, "system_account": self.system}
@@ -139,7 +143,8 @@ class Authority:
         if which == "account":
             limits |= {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
         nats = {"type": "account", "version": 2, "limits": limits, "default_permissions": {"pub": {}, "sub": {}}}
-        nats |= {k: v for k, v in (("mappings", mappings), ("revocations", revocations)) if v}
+        signing = self.signing.public() if which == "account" else []
+        nats |= {k: v for k, v in (("mappings", mappings), ("revocations", revocations), ("signing_keys", signing)) if v}
         claims = {"name": f"kernelm-{which}", "sub": getattr(self, which), "nats": nats} | ({"iat": iat} if iat else {})
         return sign(claims, self._seeds["operator"])
 
@@ -149,9 +154,12 @@ class Authority:
         nats = {"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "tags": list(tags),
                 "pub": {"allow": list(publish), "deny": list(deny)}, "sub": {"allow": list(subscribe)}}  # fmt: skip
         claims: dict[str, Any] = {"name": name, "sub": key, "nats": nats}
+        seed = self._seeds[account]
         if lifetime_s:
             claims["exp"] = int(time.time()) + lifetime_s
-        return sign(claims, self._seeds[account]), claims.get("exp", 0)
+            if account == "account" and lifetime_s <= LIFETIME_S and (signing := self.signing.in_use()):  # else it would outlive it
+                seed, nats["issuer_account"] = signing, self.account
+        return sign(claims, seed), claims.get("exp", 0)
 
     def credentials(self, name: str, account: str = "account") -> Credentials:
         """The kernel's own, all-mighty in the account; with account "system" for pushing claims."""
@@ -178,30 +186,25 @@ class Authority:
 
     def verify(self, jwt: str, kind: str) -> tuple[str, Grant]:
         """(name, grant) of a JWT of ours, `kind` being "join" or "grant"; ClientFault "unauthorized" otherwise."""
-        claims = read(jwt, self.account)
+        claims = read(jwt, self.account, *self.signing.public())
         for tag in claims["nats"].get("tags", []):
             if tag.lower().startswith(f"{kind}:"):
                 return claims["name"], msgspec.json.decode(base64.b32decode(tag[len(kind) + 1 :].upper()), type=Grant)
         raise ClientFault("unauthorized", f"not a {kind} token", "get one from `kernelm`")
 
 
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, at once and whole."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(path.name + f".{secrets.token_hex(4)}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
-
-
 def init_home(home: Path) -> Authority:
     """Make the folders and keys of a home where there are none; the authority over it."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = not (home / "identity").exists()
     for role, prefix in ROLES.items():
         path = home / "identity" / f"{role}.seed"
         if not path.exists():
             write_secret(path, new_seed(prefix))
     authority = Authority(home)
+    if new:  # an older home gets its first one from `kernelm identity rotate`, once its broker knows it
+        authority.signing.prepare(new_seed(nkeys.PREFIX_BYTE_ACCOUNT))
+        authority.signing.use_next()
     if not (home / "admin.creds").exists():
         seed = new_seed()
         jwt, _ = authority.issue(Grant("admin", "admin"), public_key(seed), 0)

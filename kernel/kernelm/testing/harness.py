@@ -23,7 +23,8 @@ import msgspec
 from kernelm.kernel import KernelService, open_kernel
 from kernelm.testing.node import InlineNode
 from kernelm_authority.broker import Broker
-from kernelm_authority.identity import Grant, admin, init_home, write_secret
+from kernelm_authority.files import write_secret
+from kernelm_authority.identity import Grant, admin, init_home
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.enrollment import join
 from kernelm_sdk.errors import Fault

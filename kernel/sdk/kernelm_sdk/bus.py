@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 
 from kernelm_sdk.contract import TOKEN, Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body
-from kernelm_sdk.links import Credentials, Link, Subscription
+from kernelm_sdk.links import Credentials, Link, Refusals, Subscription
 from kernelm_sdk.records import Bucket, Storage
 from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, MOVED, WINDOW, Direct, Served, encode, handlers_of
 from kernelm_sdk.system import Dispatch
@@ -29,7 +29,6 @@ DEFAULT_TIMEOUT_S = 30.0
 SETTLE_S = 0.1  # a message that the broker matched before a subscription was there may be on its way for so long; the broker
 # tries the next member of a queue group for it, and drops it where there is none
 GUARD_S = 0.25  # between two looks whether a connection is still there
-SHUT_OUT = 5  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
 
@@ -64,20 +63,18 @@ class Bus(Storage):
         return bus
 
     async def _open(self, credentials: Credentials, timeout_s: float) -> Link:
-        link, problems = Link(nats.NATS(), credentials), list[str]()
+        link, refusals = Link(nats.NATS(), credentials), Refusals()
 
         async def on_error(error: Exception) -> None:
-            problems.append(str(error) or type(error).__name__)
             self._on_error(error)
-            # revoked while it was away: nats-py would try for ever, and its member be a ghost until its patience ends
-            if all("authorization violation" in p.lower() for p in problems[-SHUT_OUT:]) and len(problems) >= SHUT_OUT:
-                problems.clear()
+            if refusals.note(error):  # nats-py would try for ever, and its member be a ghost until its patience ends
                 await link.close(0)
 
         async def on_disconnect() -> None:
             self._lost(link, "the connection to the broker was lost before the answer came")
 
         async def on_reconnect() -> None:
+            refusals.clear()
             for callback in self.reconnected if link is self._link else ():
                 await callback()
 
@@ -90,8 +87,8 @@ class Bus(Storage):
             ), timeout_s)  # fmt: skip
         except Exception as error:
             await link.close()
-            cause = "; ".join(problems[-1:]) or str(error) or type(error).__name__
-            if "uthorization" in cause:
+            cause = refusals.last or str(error) or type(error).__name__
+            if refusals.refused:
                 raise ClientFault("unauthorized", f"the broker at {self._url} refused {self.user!r}: {cause}",
                                   "the key is wrong, expired or revoked: get a new one") from None  # fmt: skip
             raise KernelFault("broker_unreachable", f"no broker at {self._url}: {cause}", "is `kernelm up` running?",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kernelm_sdk.bus import Bus
 
 LARGEST_BACKLOG = 2**27  # bytes that may wait for one handler
+SHUT_OUT = 5  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
 
@@ -73,6 +74,34 @@ class Link:
         while again is not None and not again.done() and again is not asyncio.current_task():
             again.cancel()
             await asyncio.wait([again], timeout=0.1)
+
+
+class Refusals:
+    """Tells a broker that refuses us from one that is away. It closes the connection of whom it refuses, and the reset may
+    overtake the reason."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """It has let us in."""
+        self._row, self._told, self.last = 0, False, ""
+
+    @property
+    def refused(self) -> bool:
+        return self._told or self._row >= SHUT_OUT
+
+    def note(self, error: Exception) -> bool:
+        """Whether the connection counts as closed for good, after `error`."""
+        text = str(error) or type(error).__name__
+        told = "authorization violation" in text.lower()
+        if told or isinstance(error, ConnectionResetError):
+            self._row += 1
+            self.last = text if told or not self._told else self.last
+            self._told = self._told or told
+        elif isinstance(error, OSError):  # nobody is there
+            self._row, self._told, self.last = 0, False, text
+        return self._row > 0 and self._row % SHUT_OUT == 0
 
 
 class Subscription:

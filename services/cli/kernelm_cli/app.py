@@ -8,10 +8,11 @@ from importlib.metadata import version
 from cyclopts import App
 from rich.console import Console
 
-from kernelm_cli import doctor, faults, jobs, keys, models, plugins, state, up
+from kernelm_cli import doctor, faults, identity, jobs, keys, models, plugins, state, up
 from kernelm_cli.call import call
 from kernelm_cli.checking import check
 from kernelm_cli.dev import dev
+from kernelm_cli.packing import keygen, pack
 from kernelm_cli.run import run
 from kernelm_cli.scaffold import new
 from kernelm_cli.simulate import simulate
@@ -25,8 +26,10 @@ for command in (up.up, up.down, run, state.ps, state.events, call, doctor.doctor
     app.command(command)
 plugins.app.command(new)
 plugins.app.command(check)
+plugins.app.command(keygen)
+plugins.app.command(pack)
 plugins.app.command(dev)  # not there, since it builds upon the others
-for group in (jobs.app, plugins.app, models.app, keys.app):
+for group in (jobs.app, plugins.app, models.app, keys.app, identity.app):
     app.command(group)
 
 

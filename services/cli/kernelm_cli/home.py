@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from kernelm_authority.identity import write_secret
+from kernelm_authority.files import write_secret
 from kernelm_sdk.errors import ClientFault
 
 LOG_LIMIT = 10 * 2**20  # bytes; a larger log is set aside when its process starts

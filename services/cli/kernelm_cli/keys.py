@@ -12,7 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kernelm_authority.identity import read, write_secret
+from kernelm_authority.files import write_secret
+from kernelm_authority.identity import read
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
 from kernelm_sdk.bus import Credentials
 from kernelm_sdk.enrollment import new_seed, public_key
@@ -84,7 +85,7 @@ def _show(created: KeyCreated, seed: str, nats: Path | None, output: Output) -> 
         return 0
     manages = ", manages plugins and routes" if key.admin else ""
     rights = f"models {', '.join(key.models)}, methods {', '.join(key.methods)}{manages}"
-    overlap = f"\nThe old secret is accepted until {_date(key.previous_until)}." if key.previous_hash else ""
+    overlap = f"\nThe old secret is accepted until {date(key.previous_until)}." if key.previous_hash else ""
     text = Text.assemble((created.secret, "bold"), f"\n\nid {key.id}, {rights}, expires {_when(key)}",
                          f"\nNATS credentials: {nats}" if nats else "", overlap,
                          ("\nIt is not shown again: keep it, e.g. as KERNELM_KEY.", "yellow"))  # fmt: skip
@@ -136,7 +137,7 @@ def list_(*, output: Output = Output()) -> int:
     for key in sorted(keys, key=lambda k: k.created):
         name = f"{key.name} (admin)" if key.admin else key.name
         table.add_row(key.id, name, key.tenant, ", ".join(key.models), ", ".join(key.methods),
-                      _date(key.created), _when(key), _state(key))  # fmt: skip
+                      date(key.created), _when(key), _state(key))  # fmt: skip
     stdout().print(table if keys else "no keys; `kernelm key create NAME` makes one")
     return 0
 
@@ -155,12 +156,12 @@ def revoke(id: Annotated[str, Parameter(name="ID")], /, *, common: Common = Comm
     return 0
 
 
-def _date(stamp: int) -> str:
+def date(stamp: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
 
 
 def _when(key: Key) -> str:
-    return _date(key.expires) if key.expires else "never"
+    return date(key.expires) if key.expires else "never"
 
 
 def _state(key: Key) -> Text:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import psutil
 
 from kernelm_authority.broker import Broker, find_server
-from kernelm_authority.identity import Authority, admin, init_home, write_secret
+from kernelm_authority.files import write_secret
+from kernelm_authority.identity import Authority, admin, init_home
 from kernelm_cli.child import Child
 from kernelm_cli.home import HomeLock, UpFile, check_port, end, last_lines, leftovers, write_up
 from kernelm_cli.storage import watch
