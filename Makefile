@@ -25,6 +25,7 @@ demo: $(STAMP)
 	@$(BIN)/python deploy/demo.py --home $(HOME_DIR)
 
 test: $(STAMP)
+	@$(BIN)/python -m pip install --quiet -r deploy/thirdparty.txt -c deploy/constraints.txt
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(STAMP)

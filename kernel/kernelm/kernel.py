@@ -255,7 +255,7 @@ class KernelService:
 
     async def scale(self, request: api.ScaleRequest, call: Any) -> PoolSpec:
         spec = self.swapper.resolve(request.pool)
-        if spec.each_node or request.instances < 1:
+        if spec.each_node or request.instances < spec.contracts:  # a model's pool may have none: its route is its owner's care
             what = "has one instance a node" if spec.each_node else f"can't have {request.instances} instances"
             raise ClientFault("invalid", f"pool {spec.pool} {what}", "give a number from 1 on, or unload it")
         spec = msgspec.structs.replace(spec, instances=request.instances)

@@ -141,7 +141,7 @@ class Supervisor:
         """Issue a one-time token and have the node start the instance; a slow node keeps no other pool waiting."""
         token = self._authority.token(name, Grant("plugin", name, spec.pool, spec.plugin, calls=manifest.calls))
         request = StartInstance(
-            name, spec.plugin, spec.pool, spec.runtime or manifest.runtimes[0], token, manifest.needs, spec.source,
+            name, spec.plugin, spec.pool, spec.runtime or manifest.runtimes[0], token, spec.needs or manifest.needs, spec.source,
             manifest.limits, manifest.isolated, manifest.network, spec.image, spec.artifacts,
         )  # fmt: skip
         self._starting[name] = asyncio.ensure_future(self._start_on(node, request))

@@ -26,6 +26,14 @@ async def classify(self, request, call):
     return structs.replace(reply, {change})
 WordServer.classify = classify
 """
+SEARCH = """
+_o = MostAccurate.optimize
+async def optimize(self, request, job):
+    found = await _o(self, request, job)
+    rows = found.rows
+    return structs.replace(found, rows=tuple({row} for r in rows {which}))
+MostAccurate.optimize = optimize
+"""
 ACCEPT = """
 _accept = Member._accept
 def accept(self, method, handler):
@@ -38,12 +46,85 @@ Member._accept = accept
 """
 
 
+# a server that also generates: it repeats the prompt's words, one every 10 ms, for two callers at a time
+GENERATOR = """
+from kernelm_contracts.server import GenerateFrame, ServerInfo, Usage
+MOST = 60
+slots, seen = asyncio.Semaphore(2), []
+
+async def speak(words, most):
+    async with slots:
+        for k in range(most):
+            await asyncio.sleep(0.01)
+            yield f" {words[k % len(words)]}{k}"
+
+def admit(self, request, call):
+    model, asked = self.settings.model, call.model or request.model
+    if asked and asked != model.name:
+        raise ClientFault("unknown_model", "another is served here")
+    if request.at_least > model.generation:
+        raise ClientFault("stale_generation", "older", retriable=True)
+    return model
+
+def check(request):
+    if bool(request.messages) == bool(request.prompt) or not 0 <= request.max_tokens <= MOST or request.temperature < 0 \\
+            or not 0 < request.top_p <= 1 or not all(request.stop):
+        raise ClientFault("invalid", "out of range")
+
+def count(words, made):
+    return Usage(len(words), made)
+
+async def generate(self, request, call):
+    model, began = admit(self, request, call), time.perf_counter()
+    check(request)
+    words = (request.prompt or " ".join(m.content for m in request.messages)).split() or ["nothing"]
+    most, text, sent, made = request.max_tokens or MOST, "", 0, 0
+    async for word in speak(words, most):
+        text, made = text + word, made + 1
+        cut = min((text.index(s) for s in request.stop if s in text), default=-1)
+        whole = text if cut < 0 else text[:cut]
+        hold = max(map(len, request.stop), default=1) - 1 if cut < 0 else 0  # what may be the beginning of a stop string
+        if len(whole) - hold > sent:
+            yield GenerateFrame(whole[sent:len(whole) - hold])
+            sent = len(whole) - hold
+        if cut >= 0:
+            break
+    else:
+        yield GenerateFrame(text[sent:])
+    reason = "stop" if cut >= 0 and made < most else "length"
+    yield GenerateFrame("", reason, count(words, made), model.name, model.generation, model.artifact, 1.0, 2.0)
+WordServer.generate = generate
+
+async def info(self, request, call):
+    model = admit(self, request, call)
+    return ServerInfo(model.name, model.generation, model.artifact, ("classify", "generate"), 0, MOST)
+WordServer.info = info
+"""
+
+
+def _generate(defect: str) -> str:
+    return GENERATOR + defect
+
+
+LAST = """
+_g = WordServer.generate
+async def generate(self, request, call):
+    async for frame in _g(self, request, call):
+        yield {frame}
+WordServer.generate = generate
+"""
+
+
 def _decide(request: str = "request, call", decisions: str = "reply.decisions") -> str:
     return REPLIES.format(request=request, decisions=decisions)
 
 
 def _classify(change: str, request: str = "request") -> str:
     return ANSWER.format(request=request, change=change)
+
+
+def _optimize(row: str, which: str = "") -> str:
+    return SEARCH.format(row=row, which=which)
 
 
 def _accept(*lines: str) -> str:
@@ -117,6 +198,20 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
     ("server.embeddings", "server", "from kernelm_contracts.server import EmbedReply\nasync def embed(self, request, call):\n"
      "    m = self.settings.model\n"
      "    return EmbedReply(m.name, m.generation, m.artifact, tuple((1.0, 1.0) for _ in request.input), 1, 1.0)\nWordServer.embed = embed"),
+    ("server.stream", "server", _generate(LAST.format(frame="structs.replace(frame, first_ms=9.0) if frame.finish_reason else frame"))),
+    ("server.counts", "server", _generate("count = lambda words, made: Usage(7, made)")),
+    ("server.greedy", "server", _generate(LAST.format(frame="structs.replace(frame, text=frame.text + str(len(seen))) "
+                                                            "if frame.finish_reason and not (request.stop or seen.append(1)) else frame"))),
+    ("server.stops", "server", _generate("_g = WordServer.generate\nasync def generate(self, request, call):\n"
+     "    async for frame in _g(self, structs.replace(request, stop=()) if all(request.stop) else request, call):\n"
+     "        yield frame\nWordServer.generate = generate")),
+    ("server.refusals", "server", _generate("_c = check\ncheck = lambda r: _c(structs.replace(r, top_p=1.0))")),
+    ("server.info", "server", _generate("_i = WordServer.info\nasync def info(self, request, call):\n"
+     "    return structs.replace(await _i(self, request, call), methods=('classify', 'embed'))\nWordServer.info = info")),
+    ("server.gone", "server", _generate("_s = speak\nasync def speak(words, most):\n    queue = asyncio.Queue()\n"
+     "    async def work():\n        async for word in _s(words, most):\n            queue.put_nowait(word)\n"
+     "        queue.put_nowait(None)\n    asyncio.create_task(work())\n    while (word := await queue.get()) is not None:\n"
+     "        yield word\n")),
     ("data.digest", "data", "_w = FolderData.write\ndef write(self, source, out, request):\n    card = _w(self, source, out, request)\n"
      "    (out / 'made').write_text(str(time.time()))\n    return card\nFolderData.write = write"),
     ("data.account", "data", "_S = Step\nStep = lambda n, i, o, w: _S(n, i + 1, o, w)"),
@@ -130,6 +225,19 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
      "    return structs.replace(await _d(self, request, call), name='x')\nFolderData.describe = describe"),
     ("data.labels", "data", "_w = FolderData.write\ndef write(self, source, out, request):\n"
      "    return _w(self, source, out, structs.replace(request, expect_labels=()))\nFolderData.write = write"),
+    ("data.discreet", "data", "_w = FolderData.write\ndef write(self, source, out, request):\n    card = _w(self, source, out, request)\n"
+     "    dropped = tuple(t for t in (f.read_text() for f in sorted(source.glob('*/*.txt'))) if len(t) < 21)\n"
+     "    card = structs.replace(card, steps=(structs.replace(card.steps[0], examples=dropped),))\n"
+     "    (out / 'dataset.json').write_bytes(msgspec.json.encode(card))\n    return card\nFolderData.write = write"),
+    ("data.private", "data", "_q = FolderData.prepare\nasync def prepare(self, request, job):\n"
+     "    return await _q(self, structs.replace(request, private=None), job)\nFolderData.prepare = prepare"),
+    ("optimizer.measured", "optimizer", _optimize("structs.replace(r, measurement=rows[0].measurement) if r.name == 'broken' else r")),
+    ("optimizer.rows", "optimizer", _optimize("r", "if r.measurement")),
+    ("optimizer.winner", "optimizer", "max = min"),
+    ("optimizer.test", "optimizer", "_m = MostAccurate.measured\nasync def measured(self, models, dataset, split, job):\n"
+     "    await _m(self, models, dataset, 'test', job)\n    return await _m(self, models, dataset, split, job)\n"
+     "MostAccurate.measured = measured"),
+    ("optimizer.children", "optimizer", "_J = JobSpec\nJobSpec = lambda *a, **k: _J(*a, **{**k, 'parent': ''})"),
     ("jobs.run", "data", "_q = FolderData.prepare\nasync def prepare(self, request, job):\n    job.latest = system.Progress(2.0)\n"
      "    job.changed.set()\n    await asyncio.sleep(0.05)\n    return await _q(self, request, job)\nFolderData.prepare = prepare"),
     ("jobs.caller", "data", _accept("call.caller = 'jobs'")),
@@ -148,4 +256,12 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
      "FolderData.prepare = prepare"),
     ("jobs.poison", "data", "_i = serving.invalid\nserving.invalid = lambda what, e: PluginFault('invalid', str(e)) "
      "if what.startswith('prepare') else _i(what, e)"),
+    ("trainer.resumed", "trainer", "_f = WordTrainer.fit\ndef fit(self, training):\n    training.saved.pop('weight', None)\n"
+     "    return _f(self, training)\nWordTrainer.fit = fit"),
+    ("trainer.progress", "trainer", "_p = Training.progress\ndef progress(self, fraction, message='', **metrics):\n"
+     "    _p(self, fraction, message, step=-metrics['step'])\nTraining.progress = progress"),
+    ("trainer.scores", "trainer", "from kernelm_contracts import bases\n_sc = bases.score\ndef score(*given):\n    scores = _sc(*given)\n"
+     "    return structs.replace(scores, documents=scores.documents - 1)\nbases.score = score"),
+    ("trainer.model", "trainer", "_d = WordTrainer.describe\nasync def describe(self, request, call):\n"
+     "    return structs.replace(await _d(self, request, call), name='x')\nWordTrainer.describe = describe"),
 )  # fmt: skip

@@ -32,7 +32,7 @@ class Echo(Contract, name="echo", major=1):
 
 
 class EchoPlugin(Plugin, Echo):
-    produced = 0
+    produced = begun = waiting = 0
 
     async def say(self, request: Text, call: Call) -> Text:
         if request.text == "bug":
@@ -42,6 +42,13 @@ class EchoPlugin(Plugin, Echo):
         return Text(f"{call.caller}: {request.text}")
 
     async def repeat(self, request: Text, call: Call) -> AsyncIterator[Text]:
+        if request.text == "silence":
+            EchoPlugin.begun, EchoPlugin.waiting = EchoPlugin.begun + 1, EchoPlugin.waiting + 1
+            try:
+                yield request
+                await asyncio.Event().wait()
+            finally:
+                EchoPlugin.waiting -= 1
         for k in range(request.count):
             EchoPlugin.produced = k + 1
             yield Text(request.text, k)
@@ -98,6 +105,20 @@ async def test_a_stream_arrives_whole_in_order_and_stops_with_its_reader(system:
     await asyncio.sleep(0)
     before = EchoPlugin.produced
     await until(lambda: EchoPlugin.produced < 1000 and EchoPlugin.produced == before, 2)
+
+
+async def test_work_that_is_silent_ends_with_its_reader_too(system: System) -> None:
+    async def read_one() -> Text:
+        async for frame in system.admin.stream(Echo.repeat, Text("silence")):
+            return frame
+        raise AssertionError("no frame came")
+
+    EchoPlugin.begun = EchoPlugin.waiting = 0
+    await asyncio.gather(*(read_one() for _ in range(5)))
+    nowhere = f"_INBOX.admin.{'0' * 32}.x"  # a reader that is gone before the first frame
+    await system.admin._client.publish("svc.echo.v1.repeat.admin", msgspec.json.encode(Text("silence")), reply=nowhere)
+    await until(lambda: (EchoPlugin.begun, EchoPlugin.waiting) == (6, 0), 5)
+    assert await system.admin.call(Echo.say, Text("hi")) == Text("admin: hi")
 
 
 async def test_a_denied_call_is_an_error_at_once(system: System) -> None:

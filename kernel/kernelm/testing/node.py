@@ -11,6 +11,8 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Context, Plugin, load_plugin
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import (
+    AllowUnsigned,
+    ArtifactName,
     Diagnosis,
     Empty,
     ExitReport,
@@ -21,6 +23,7 @@ from kernelm_sdk.system import (
     Resources,
     Running,
     StartInstance,
+    TrustVerdict,
 )
 
 GRACE_S = 0.5  # at most between the polite request and the kill
@@ -110,3 +113,9 @@ class InlineNode:
 
     async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
         return Diagnosis(request.instance, "", "")
+
+    async def trust(self, request: ArtifactName, call: Any) -> TrustVerdict:
+        return TrustVerdict(True, "nothing is demanded here", "none")
+
+    async def allow_unsigned(self, request: AllowUnsigned, call: Any) -> TrustVerdict:
+        return TrustVerdict(True, "nothing is demanded here", "none")

@@ -6,6 +6,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Coroutine
 from importlib.metadata import EntryPoint, entry_points
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -39,7 +40,7 @@ def read_manifest(path: Path) -> Manifest:
 def parse_manifest(text: str, where: str) -> Manifest:
     """The manifest that `text` (TOML) is; ClientFault that names `where` and the field if it is not valid."""
     try:
-        return msgspec.convert(tomllib.loads(text), Manifest)
+        return msgspec.convert({"entry": "", **tomllib.loads(text)}, Manifest)  # which of the two there is, Manifest looks
     except (ValueError, msgspec.ValidationError) as error:
         raise ClientFault("invalid_manifest", f"{where}: {error}", "see kernel/PROTOCOL.md, 'The manifest'") from None
 
@@ -98,17 +99,32 @@ class Job(Call):
         self.checkpoint, self.run_id, self.name = checkpoint, run, name  # digest of the last checkpoint, "" for none
         self.scratch = context.scratch / f"{id}-{epoch}"
         self.scratch.mkdir(parents=True, exist_ok=True)
+        self.resources: Resources | None = None  # what it may use here, where that is known
+        self.rank, self.address = 0, ""  # of a gang: see `announce`
+        self.peers: tuple[str, ...] = ()
         self.cancelled = ""  # the reason, once it is
         self.latest = Progress()
-        self.report: Callable[[str], Coroutine[Any, Any, None]] | None = None  # set by the runner: writes a checkpoint
+        self.report: Callable[..., Coroutine[Any, Any, None]] | None = None  # set by the runner: (checkpoint, address="")
         self.changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def threads(self) -> int:
+        """Threads that keep the cores busy which it may use; 0 where that is not known."""
+        return ceil(self.resources.cpu) if self.resources else 0
+
+    async def announce(self, address: str) -> None:
+        """Of rank 0 of a gang, once it listens there: only now the other `peers` are given the job, with this `address`."""
+        if self.report is not None:
+            await self.report("", address)
+
     def progress(self, fraction: float, phase: str = "", message: str = "", *, deadline_s: float = 600.0,
                  **metrics: float) -> None:  # fmt: skip
-        """Say how far it got (0 to 1). Cheap, from any thread; raises JobCancelled if the work is no longer wanted."""
+        """Say how far it got (0 to 1). Cheap, from any thread; raises JobCancelled if the work is no longer wanted. A metric that
+        is no finite number (a loss that diverged) is left out: JSON has none, and the job must not end for it."""
         self.raise_if_cancelled()
-        self.latest = Progress(round(min(max(fraction, 0.0), 1.0), 4), phase, message, metrics, deadline_s)
+        finite = {name: float(value) for name, value in metrics.items() if isfinite(value)}
+        self.latest = Progress(round(min(max(fraction, 0.0), 1.0), 4), phase, message, finite, deadline_s)
         self._loop.call_soon_threadsafe(self.changed.set)
 
     def raise_if_cancelled(self) -> None:
@@ -138,8 +154,9 @@ class Job(Call):
 class Context:
     """What a plugin has of the system: calls, events, artifacts, a scratch folder, a log."""
 
-    def __init__(self, bus: "Bus", instance: str, pool: str, manifest: Manifest, scratch: Path) -> None:
+    def __init__(self, bus: "Bus", instance: str, pool: str, manifest: Manifest, scratch: Path, cpu: float = 0.0) -> None:
         self.bus, self.instance, self.pool, self.manifest, self.scratch = bus, instance, pool, manifest, scratch
+        self.threads = ceil(cpu)  # that keep the cores busy which the instance has for itself, without its jobs; 0: not known
         self.log = logging.getLogger(manifest.name)
 
     async def call(self, declared: Callable[[Any, Req, Any], Coroutine[Any, Any, Rep]], request: Req, *, model: str = "",

@@ -6,6 +6,7 @@ in the background and reported on through `work/1`, every report with the job's 
 
 import asyncio
 import contextlib
+import errno
 import importlib
 import logging
 import math
@@ -83,6 +84,7 @@ class Member:
             models = tuple(self.implementation.models()) if hasattr(self.implementation, "models") else ()
             handlers = self._handlers(welcome.contracts) | handlers_of(self, "plugin/1")
             self.served = await self.bus.serve(handlers, pool=welcome.pool, instance=self.name, models=models)
+            self.served.absent = getattr(self.implementation, "absent", self.served.absent)  # of a service that speaks for others
             self.bus.reconnected.append(self._reconnected)
             await self._until_stopping(self.bus.call(Kernel.ready, Ready(self.name, models), timeout_s=5.0, patience_s=60.0))
             log.info("%s is ready in pool %s", self.name, welcome.pool)
@@ -159,14 +161,15 @@ class Member:
                 raise ClientFault("invalid", f"{what}: {error}", "correct the stage's `with`") from None
             job = Job(self.implementation.context, call.caller, dispatch.job, dispatch.epoch, dispatch.attempt,
                       dispatch.checkpoint, dispatch.run, dispatch.name)  # fmt: skip
+            job.resources, job.rank, job.peers, job.address = dispatch.resources, dispatch.rank, dispatch.peers, dispatch.address
             self.jobs[job.id] = (job, asyncio.create_task(self._work(job, handler, request)))
             return Empty()
 
         return accept
 
     async def _work(self, job: Job, handler: Callable[..., Any], request: Any) -> None:
-        async def report(checkpoint: str) -> None:
-            await self._report(job, Report(job.id, job.epoch, job.latest, checkpoint))
+        async def report(checkpoint: str, address: str = "") -> None:
+            await self._report(job, Report(job.id, job.epoch, job.latest, checkpoint, address=address))
 
         job.report = report
         reporter = asyncio.create_task(self._report_progress(job))
@@ -182,7 +185,7 @@ class Member:
             fault = PluginFault("out_of_memory", f"{job.name or job.id} ran out of memory", "give the stage more memory_mb").body()
         except Exception as error:  # a bug of the plugin: the log has the trace, the record a line
             log.exception("job %s failed", job.id)
-            fault = PluginFault("internal", f"{type(error).__name__}: {error}", f"see the log of {self.name}").body()
+            fault = _unexpected(error, self.name).body()
         finally:
             reporter.cancel()
         if job.cancelled == "" and (result is not None or fault is not None):
@@ -221,8 +224,9 @@ class Member:
     async def probe(self, request: Empty, call: Any) -> Probe:
         served = self.served
         return Probe(self.name, time.time() - self.begun, tuple(f"{j.id}/{j.epoch}" for j, _ in self.jobs.values()),
-                     len(served.tasks) if served else 0, served.answered if served else 0, served.failed if served else 0,
-                     round(psutil.Process().memory_info().rss / 2**20, 1), tuple(served.latency) if served else ())  # fmt: skip
+                     served.in_flight if served else 0, served.answered if served else 0, served.failed if served else 0,
+                     round(psutil.Process().memory_info().rss / 2**20, 1), tuple(served.latency) if served else (),
+                     round(served.busy_s, 6) if served else 0.0)  # fmt: skip
 
     async def cancel(self, request: CancelJob, call: Any) -> Empty:
         job, task = self.jobs.get(request.job, (None, None))
@@ -242,6 +246,13 @@ class Member:
     async def stop(self, request: Empty, call: Any) -> Empty:
         asyncio.get_running_loop().call_later(0.05, self.stopping.set)  # after this call's answer is out
         return Empty()
+
+
+def _unexpected(error: Exception, instance: str) -> PluginFault:
+    """What is told of what a job raised that is no fault: a full disk is the node's matter, all else a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PluginFault("disk_full", f"there was no room for its files: {error}", "free some room on the disk of that node")
+    return PluginFault("internal", f"{type(error).__name__}: {error}", f"see the log of {instance}")
 
 
 def _renewal(credentials: Credentials) -> float:
@@ -289,7 +300,7 @@ async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event |
     scratch.mkdir(parents=True, exist_ok=True)
     bus = await _connect(environment)
     try:
-        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch)
+        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch, float(environment.get("KERNELM_CPU", 0)))
         _import(manifest)  # declares its contracts
         member = Member(bus, name, plugin, manifest.version, manifest.contracts, manifest.max_jobs)
         if stopping is not None:

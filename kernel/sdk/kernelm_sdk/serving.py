@@ -44,6 +44,23 @@ class Direct(asyncio.Queue[Any]):
             deliver(waiting.get_nowait())
 
 
+class Reader(asyncio.Queue[Any]):
+    """What the reader of a stream says. When it cancels or is gone, the work on the stream is cancelled at once, also where it
+    has no frame to send for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone, self._work = False, asyncio.current_task()
+
+    def put_nowait(self, item: Any) -> None:
+        if isinstance(item, Fault) or item.data == b"cancel" or (item.headers or {}).get("Status") == "503":
+            self.gone = True
+            if self._work is not None:
+                self._work.cancel()
+        else:
+            super().put_nowait(item)
+
+
 class Served:
     """What one instance serves. `fence()` ends it without losing a message."""
 
@@ -54,6 +71,9 @@ class Served:
         self.subscriptions: list[Any] = []
         self.answered = self.failed = 0
         self.latency = [0] * BUCKETS  # as in `Probe.latency`
+        self.in_flight = 0  # calls being answered
+        self._busy_s = self._busy_since = 0.0
+        self.absent: Callable[[str, str], Fault] = _absent  # (model, caller) -> what a call of a model not served here is told
         self.tasks: set[asyncio.Task[None]] = set()
         self._bus, self._models, self._make_call = bus, models, make_call or Call
         self._handlers: dict[tuple[str, str, str], tuple[Method, Callable[..., Any], msgspec.json.Decoder[Any]]] = {}
@@ -69,16 +89,36 @@ class Served:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    @property
+    def busy_s(self) -> float:
+        """Time in which at least one call was being answered."""
+        return self._busy_s + (time.perf_counter() - self._busy_since if self.in_flight else 0.0)
+
     async def _answer(self, msg: Any) -> None:
-        begun, contract = time.perf_counter(), ""
+        begun, tokens = time.perf_counter(), msg.subject.split(".")
+        work = tokens[2:3] != ["plugin"]  # the verbs are no work: who watches a pool must not see itself
+        if work and not self.in_flight:
+            self._busy_since = begun
+        self.in_flight += work
         try:
-            _, _, contract, version, name, caller = msg.subject.split(".")
+            await self._handle(msg, tokens)
+        finally:
+            self.in_flight -= work
+            if work and not self.in_flight:
+                self._busy_s += time.perf_counter() - self._busy_since
+        if work:
+            self.answered += 1
+            self.latency[min(int((time.perf_counter() - begun) * 16e3).bit_length(), BUCKETS - 1)] += 1
+
+    async def _handle(self, msg: Any, tokens: list[str]) -> None:
+        try:
+            _, _, contract, version, name, caller = tokens
             model = version if contract == "model" else ""
             entry = self._handlers.get((contract, "" if model else version, name))
+            if model and model not in self._models:
+                raise self.absent(model, caller)
             if entry is None:
                 raise ClientFault("unsupported_method", f"{msg.subject}: not served here")
-            if model and model not in self._models:
-                raise ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
             method, handler, decoder = entry
             # a deadline that is older than a message can wait is a sign of a wrong clock, of which nobody may die
             if msg.headers and (deadline := msg.headers.get(DEADLINE)) and 0 < time.time() - _seconds(deadline) < LATEST_S:
@@ -97,10 +137,6 @@ class Served:
         except Exception as error:
             self.failed += not isinstance(error, ClientFault)
             await self._refuse(msg, error)
-        if contract == "plugin":  # the verbs are no work: who watches a pool must not see itself
-            return
-        self.answered += 1
-        self.latency[min(int((time.perf_counter() - begun) * 16e3).bit_length(), BUCKETS - 1)] += 1
 
     async def _refuse(self, msg: Any, error: Exception) -> None:
         if not isinstance(error, Fault):  # a bug: its text stays here, since it may hold what callers must not see
@@ -115,9 +151,8 @@ class Served:
     async def _stream(self, msg: Any, frames: AsyncIterator[Any]) -> None:
         """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work."""
         bus, token, target = self._bus, self._bus._token(), msg.reply
-        answers: asyncio.Queue[Any] = asyncio.Queue()
-        link, left = bus._link, list[Any]()
-        bus._waiting[token] = (target, answers, link)
+        link, left, reader = bus._link, list[Any](), Reader()
+        bus._waiting[token] = (target, reader, link)
         sent = acknowledged = 0
         try:
             async for frame in frames:
@@ -126,13 +161,11 @@ class Served:
                     link.held.add(token)
                     left.append(link)
                     link = bus._link
-                    bus._waiting[token] = (target, answers, link)
+                    bus._waiting[token] = (target, reader, link)
                 await link.client.publish(target, encode(frame), reply=f"{link.inbox}.{token}")
                 sent += 1
-                while not answers.empty() or sent - acknowledged >= WINDOW:
-                    answer = await asyncio.wait_for(answers.get(), 60.0)
-                    if isinstance(answer, Fault) or answer.data == b"cancel" or (answer.headers or {}).get("Status") == "503":
-                        return
+                while not reader.empty() or sent - acknowledged >= WINDOW:
+                    answer = await asyncio.wait_for(reader.get(), 60.0)
                     acknowledged = max(acknowledged, int(answer.data))
                     if answer.subject.startswith(link.inbox):  # all frames that named an older one are read
                         while left:
@@ -141,6 +174,9 @@ class Served:
                         await link.client.publish(target, b"", headers={MOVED: str(sent)})
                         target = answer.reply
             await link.client.publish(target, b"", headers={LAST: str(sent)})
+        except asyncio.CancelledError:
+            if not reader.gone:
+                raise
         finally:
             bus._waiting.pop(token, None)
             for old in left:
@@ -158,6 +194,10 @@ class Served:
         while self.tasks and time.monotonic() < until:
             await asyncio.wait(list(self.tasks), timeout=0.05)
         return not self.tasks
+
+
+def _absent(model: str, caller: str) -> Fault:
+    return ClientFault("unknown_model", f"model {model!r} is not served here", retriable=True)
 
 
 def _seconds(deadline: str) -> float:

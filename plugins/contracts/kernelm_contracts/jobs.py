@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 
+from kernelm_contracts.scheduler import Share
 from kernelm_sdk.contract import Contract, streamed, unary
 from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.events import Event
@@ -32,6 +33,8 @@ class JobSpec(Struct, frozen=True):
     preemptible: bool = False  # burst: it may be stopped, at a checkpoint, for any other
     deadline: float = 0.0  # Unix seconds; 0 for none
     estimate_s: float = 0.0  # run time, where it is known; 0 for not known
+    most: int = 1  # so many times `resources` it can use in its instance: it grows and shrinks by that, at checkpoints
+    gang: int = 1  # instances that work on it together, all of them or none; each gets `resources`
 
 
 class JobRecord(Struct, frozen=True):
@@ -58,6 +61,13 @@ class JobRecord(Struct, frozen=True):
     checkpointed: float = 0.0  # when the last checkpoint was made
     stopping: float = 0.0  # since when it is to make room at its next checkpoint; 0 for not
     preemptions: int = 0  # how often it has made room
+    allocation: tuple[Share, ...] = ()  # where its members are; () for one on `node`
+    served_s: float = 0.0  # member seconds that it has run for, up to its last stop
+    target: tuple[Share, ...] = ()  # what it is to have from its next checkpoint on; () for no change
+    heir: str = ""  # the instance that has it from then on
+    gang: tuple[str, ...] = ()  # its instances by rank, where there are several; `instance` is the first
+    meeting: str = ""  # the address at which rank 0 is met
+    rates: dict[str, float] = {}  # members -> part of the work that was done per second with so many
 
 
 class StageSpec(Struct, frozen=True, forbid_unknown_fields=True, rename={"with_": "with"}):
@@ -69,9 +79,11 @@ class StageSpec(Struct, frozen=True, forbid_unknown_fields=True, rename={"with_"
     plugin: str = ""
     resources: Resources = Resources()
     attempts: int = 3
-    preemptible: bool = False  # this and the next two as in `JobSpec`
+    preemptible: bool = False  # this and what follows as in `JobSpec`
     deadline: float = 0.0
     estimate_s: float = 0.0
+    most: int = 1
+    gang: int = 1
 
 
 class RunSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,7 +118,7 @@ class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
     name: str  # of the deployment: clients call model.<name>.<method>
     model: str  # digest
     plugin: str = "encoder"  # the server plugin that runs it
-    instances: int = 1
+    instances: int = 1  # to begin with; `resources` of the stage are those of one
     canary: int = 0  # percent of the calls while it is watched; 0 for all
     watch_s: float = 0.0  # how long it is watched before the model before it is stopped
     error_rate: float = 0.01  # share of calls that may fail, beyond that of the model before
@@ -114,6 +126,10 @@ class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
     latency_ms: float = 20.0  # p99 up to here is never too slow
     min_calls: int = 20  # before any judgement
     why: str = ""  # for the record
+    minimum: int = 1  # instances at least; with 0 it has none after a while without calls, and the next call starts one
+    maximum: int = 0  # instances at most, by load; 0 for always `instances`
+    objective_ms: float = 0.0  # p99 wanted, to which the load is scaled; 0 for none
+    idle_s: float = 0.0  # without a call for so long it goes to `minimum` 0; 0 for as the scheduler is set
 
 
 class Deployed(Struct, frozen=True):
@@ -147,6 +163,10 @@ class Deployment(Struct, frozen=True):
     run: str = ""
     when: float = 0.0  # Unix seconds
     history: tuple[PastDeployment, ...] = ()  # the newest first
+    node: str = ""  # where its instances are, or were last
+    replicas: int = 1  # instances wanted
+    scaled: float = 0.0  # Unix seconds of the last change of `replicas`
+    why: str = ""  # of that change
 
 
 class RollbackDeployment(Struct, frozen=True):
@@ -206,6 +226,10 @@ class JobChanged(Event, frozen=True):
     state: JobState
     epoch: int
     why: str = ""
+    tenant: str = ""
+    node: str = ""
+    cpu: float = 0.0  # cores that it holds in this state
+    uses: str = ""  # what it does, as in `JobSpec`
 
 
 class JobProgress(Event, frozen=True):
@@ -238,34 +262,63 @@ class ModelDeployed(Event, frozen=True):
     pool: str
 
 
+class ModelScaled(Event, frozen=True):
+    """A deployment is to have another number of instances."""
+
+    TYPE: ClassVar[str] = "model.scaled"
+    model: str
+    replicas: int
+    was: int
+    why: str
+    node: str = ""
+    tenant: str = ""
+    cpu: float = 0.0  # cores of one instance
+
+
 class Jobs(Contract, name="jobs", major=1):
     """The job table: takes runs and jobs, asks the scheduler, checks its decisions, dispatches, fences."""
 
-    events = (JobChanged, JobProgress, RunFinished, ModelDeployed)
+    events = (JobChanged, JobProgress, RunFinished, ModelDeployed, ModelScaled)
 
     @unary
-    async def submit_run(self, request: RunSpec, call: Any) -> RunRecord: ...
+    async def submit_run(self, request: RunSpec, call: Any) -> RunRecord:
+        """Take a run: its stages become jobs, each as soon as what it refers to is there."""
+        ...
 
     @unary
-    async def get_run(self, request: RunName, call: Any) -> RunView: ...
+    async def get_run(self, request: RunName, call: Any) -> RunView:
+        """A run with its jobs, those that its jobs have submitted included."""
+        ...
 
     @streamed
-    async def follow_run(self, request: RunName, call: Any) -> AsyncIterator[RunView]: ...
+    async def follow_run(self, request: RunName, call: Any) -> AsyncIterator[RunView]:
+        """A run each time that something of it changes, until it is over."""
+        ...
 
     @unary
-    async def cancel_run(self, request: RunName, call: Any) -> RunRecord: ...
+    async def cancel_run(self, request: RunName, call: Any) -> RunRecord:
+        """Cancel a run with all of its jobs."""
+        ...
 
     @unary
-    async def submit(self, request: JobSpec, call: Any) -> JobRecord: ...
+    async def submit(self, request: JobSpec, call: Any) -> JobRecord:
+        """Take one job. Work that was done before, by the same plugin on the same request, is done at once (`reused`)."""
+        ...
 
     @unary
-    async def get(self, request: JobName, call: Any) -> JobRecord: ...
+    async def get(self, request: JobName, call: Any) -> JobRecord:
+        """One job."""
+        ...
 
     @unary
-    async def find(self, request: JobQuery, call: Any) -> JobList: ...
+    async def find(self, request: JobQuery, call: Any) -> JobList:
+        """The latest jobs, newest first."""
+        ...
 
     @unary
-    async def cancel(self, request: JobName, call: Any) -> JobRecord: ...
+    async def cancel(self, request: JobName, call: Any) -> JobRecord:
+        """Cancel a job with all that it has submitted."""
+        ...
 
     @unary
     async def why(self, request: JobName, call: Any) -> Outlook:

@@ -108,8 +108,8 @@ class PlacedJob(Struct, frozen=True):
     speeds: tuple[Speed, ...] = ()
     device_mb: int = 0
     within: Literal["", "node", "link"] = ""
-    done: float = 0.0
-    remaining: float = 0.0
+    done: float = 0.0  # this and the next as in `PendingJob`
+    remaining: float = 0.0  # progress left
     estimate_s: float = 0.0  # left, from now on; see `ends`
     deadline: float = 0.0
     preemptible: bool = False
@@ -157,6 +157,7 @@ class ModelState(Struct, frozen=True):
     scaled: float = 0.0  # when its number of replicas changed last
     priority: int = 0
     type: str = ""  # of the devices
+    zero_after_s: float = 0.0  # without a call for so long it goes to zero, where `minimum` is; 0 for as the scheduler is set
 
 
 class ClusterState(Struct, frozen=True):
@@ -198,7 +199,7 @@ class Decision(Struct, frozen=True):
     node: str = ""  # of the first member
     plugin: str = ""
     reason: str = ""  # for people: why here, or what it waits for
-    score: float = 0.0
+    score: float = 0.0  # by which it was preferred, in the policy's own measure; for people
     allocation: tuple[Share, ...] = ()  # place, migrate, resize, scale: all of it, not the change; () for one member on `node`
     starts: float = 0.0  # wait: when it will start, by the estimates that there are; 0 for not known
     remedy: str = ""  # wait: what would start it

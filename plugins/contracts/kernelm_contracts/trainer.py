@@ -1,8 +1,9 @@
 r"""`trainer/1`: a dataset becomes a model.
 
-A model is an artifact of kind "model". It always holds `model.json` (a `ModelCard`), `evaluation.json` (split ->
-`Scores`), `confusion.png` and `card.md`. Pickles are never written nor read. A model turns a text into one logit a
-label, in the order of `ModelCard.labels`; their softmax gives probabilities (already calibrated). By structure:
+A model is an artifact of kind "model". It always holds `model.json` (a `ModelCard`) and `evaluation.json` (split ->
+`Scores`); `confusion.png` and `card.md`, for people, where the trainer makes them. Pickles are never written nor read. A
+model turns a text into one logit a label, in the order of `ModelCard.labels`; their softmax gives probabilities (already
+calibrated). By structure:
 
 "encoder", "frozen-linear"
     config.json, model.safetensors   the encoder alone, without pooler: a folder for transformers' `AutoModel`
@@ -49,14 +50,15 @@ class TrainRequest(Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: int = 16
     learning_rate: float = 0.0  # peak of the schedule; 0 for the algorithm's own (kernelm_trainer.algorithms)
     warmup: float = 0.1  # share of the steps with a rising rate; then it falls linearly to 0
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: float = 0.1
+    weight_decay: float = 0.01  # of the algorithms that have one
+    max_grad_norm: float = 1.0  # L2 norm of all gradients, to which larger ones are scaled down
+    dropout: float = 0.1  # probability; in training only
     regularization: float = 1.0  # C of the linear classifiers
     ngrams: int = 2  # "tfidf-linear": word n-grams up to this length
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # "auto": bf16 where the processor has it
     checkpoint_every_s: float = 30.0
     seed: int = 0
+    require_private_clean: Literal["off", "warn", "refuse"] = "off"  # what if the dataset holds private data, or nobody looked
     report_test: bool = True  # False in a search: the test split is then not even evaluated, `Trained.test` is None
 
 
@@ -91,6 +93,7 @@ class ModelCard(Struct, frozen=True):
     scores: dict[str, Scores] = {}  # split -> scores
     trained_s: float = 0.0
     hidden: int = 0  # size of the embedding; 0 where there is none
+    warnings: tuple[str, ...] = ()  # what a person should know before they serve it
 
 
 class Trained(Struct, frozen=True):

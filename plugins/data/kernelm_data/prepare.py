@@ -9,20 +9,22 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from kernelm_contracts.data import DatasetCard, PrepareRequest, SplitCard, Step
+from kernelm_contracts.data import DatasetCard, PrepareRequest, PrivateCard, SplitCard, Step
 from kernelm_data import tokens
 from kernelm_data.account import Document, Dropped, Meter, Report, Tally
 from kernelm_data.clean import FORMS, cleaner
 from kernelm_data.decode import Undecodable, decode
 from kernelm_data.duplicates import Pair, Shingles, bands, find_exact, find_near
+from kernelm_data.hooks import filtered
 from kernelm_data.leakage import check_leakage
+from kernelm_data.private.screen import Screen, reason
 from kernelm_data.readers import Source, find_reader
 from kernelm_data.split import SPLITS, assign, check_classes, shares
 from kernelm_data.write import Dataset, Row, write
 from kernelm_sdk.errors import ClientFault
 
 QUANTILES = (5, 25, 50, 75, 95, 100)  # percent
-SPANS = {"read": (0.0, 0.1), "clean": (0.1, 0.25), "deduplicate": (0.25, 0.45), "check": (0.45, 0.55),
+SPANS = {"read": (0.0, 0.1), "clean": (0.1, 0.22), "private": (0.22, 0.25), "deduplicate": (0.25, 0.45), "check": (0.45, 0.55),
          "tokenize": (0.55, 0.9)}  # fmt: skip - measured shares of the time
 
 
@@ -47,12 +49,16 @@ def check_request(request: PrepareRequest) -> None:
     find_reader(request.format)
 
 
-def prepare(source: Path, tokenizer: Path | None, out: Path, request: PrepareRequest, report: Report) -> DatasetCard:
+def prepare(
+    source: Path, tokenizer: Path | None, out: Path, request: PrepareRequest, report: Report, key: bytes = b""
+) -> DatasetCard:
     """Read `source`, write the dataset into the empty folder `out`, and return its card.
 
     `tokenizer`: a folder with tokenizer.json, or None for no token ids. `report` is called often, and may raise to stop.
+    `key`: the secret under which private data are hashed, if the request says so.
     """
     check_request(request)
+    screen = Screen(request.private, key) if request.private is not None else None
     model = tokens.load(tokenizer, request.tokenize.max_tokens) if tokenizer else None
     found = find_reader(request.format)(source)
     check_labels(found.labels, request.expect_labels)
@@ -61,6 +67,14 @@ def prepare(source: Path, tokenizer: Path | None, out: Path, request: PrepareReq
     check_classes(found.labels, (d.label for d in read), request.split, "in the source")
     clean, clean_step, too_short = _clean(read, request, report)
     check_classes(found.labels, (d.label for d in clean), request.split, "after cleaning")
+    screened: list[Step] = []
+    if screen is not None:
+        clean, step, private = _screen(clean, screen, report)
+        screened, too_short = [step], [*too_short, *private]
+        check_classes(found.labels, (d.label for d in clean), request.split, "after private data")
+    clean, filters, refused = filtered(clean)
+    check_classes(found.labels, (d.label for d in clean), request.split, "after the filters")
+    screened, too_short = [*screened, *filters], [*too_short, *refused]
     documents, near, shingles, steps, copies = _deduplicate(clean, request, report)
     check_classes(found.labels, (d.label for d in documents), request.split, "after deduplication")
 
@@ -70,7 +84,7 @@ def prepare(source: Path, tokenizer: Path | None, out: Path, request: PrepareReq
     check_leakage(ids, splits, shingles, request.deduplicate.jaccard,
                   Meter(report, "check", SPANS["check"], len(ids)))
 
-    account = [read_step, clean_step, *steps, Tally("split").step(len(ids), len(splits))]
+    account = [read_step, clean_step, *screened, *steps, Tally("split").step(len(ids), len(splits))]
     encoded, lengths = None, None
     if model is not None:
         encoded, lengths = tokens.encode(model, [d.text for d in documents],
@@ -78,7 +92,7 @@ def prepare(source: Path, tokenizer: Path | None, out: Path, request: PrepareReq
         account.append(_tokenize_step(lengths, request.tokenize.max_tokens))
     token_ids = encoded if encoded is not None else [None] * len(documents)
     rows = [Row(*row) for row in zip(documents, splits, token_ids, strict=True)]
-    card = _card(request, found.labels, account, rows)
+    card = _card(request, found.labels, account, rows, screen.card(ids) if screen is not None else None)
     report(0.9, "write", "Parquet, card, pictures", 0.0)
     write(Dataset(card, request, rows, [*lost, *too_short, *copies], lengths, model), out)
     report(1.0, "write", f"{len(rows)} documents", 0.0)
@@ -138,6 +152,20 @@ def _clean(documents: list[Document], request: PrepareRequest, report: Report) -
     return kept, tally.step(len(documents), len(kept)), tally.dropped
 
 
+def _screen(documents: list[Document], screen: Screen, report: Report) -> tuple[list[Document], Step, list[Dropped]]:
+    tally = Tally("private")
+    done = "found" if screen.settings.action == "report" else "redacted"
+    kept = []
+    for document in Meter(report, "private", SPANS["private"], len(documents)).track(documents):
+        text, found = screen(document.text, document.id)
+        if text is None:
+            tally.drop(document.id, reason(found))
+            continue
+        tally.changed.update(f"{kind} {done}" for kind in found)
+        kept.append(Document(document.id, document.label, text))
+    return kept, tally.step(len(documents), len(kept)), tally.dropped
+
+
 def _deduplicate(
     documents: list[Document], request: PrepareRequest, report: Report
 ) -> tuple[list[Document], list[Pair], list[Shingles], list[Step], list[Dropped]]:
@@ -176,7 +204,9 @@ def _tokenize_step(lengths: list[int], max_tokens: int) -> Step:
     return tally.step(len(lengths), len(lengths))
 
 
-def _card(request: PrepareRequest, labels: tuple[str, ...], steps: list[Step], rows: list[Row]) -> DatasetCard:
+def _card(
+    request: PrepareRequest, labels: tuple[str, ...], steps: list[Step], rows: list[Row], private: PrivateCard | None
+) -> DatasetCard:
     splits = {}
     for name in (n for n in SPLITS if n in shares(request.split)):
         members = [row for row in rows if row.split == name]
@@ -186,4 +216,4 @@ def _card(request: PrepareRequest, labels: tuple[str, ...], steps: list[Step], r
     lengths = np.array([len(row.document.text) for row in rows])
     characters = {f"p{q}": float(math.floor(np.percentile(lengths, q))) for q in QUANTILES}
     return DatasetCard(request.name, labels, tuple(steps), splits, request.tokenize.max_tokens,
-                       request.tokenize.tokenizer, characters, request.source)
+                       request.tokenize.tokenizer, characters, request.source, private)

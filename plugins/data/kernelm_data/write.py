@@ -84,6 +84,7 @@ def markdown(card: DatasetCard, request: PrepareRequest) -> str:
     for step in card.steps:
         counts = f"{step.documents_in:,} | {step.documents_out:,} | {_counts(step.reasons)} | {_counts(step.changed)}"
         lines.append(f"| {step.name} | {counts} |")
+    lines += ["", *_private(card)]
     lines += ["", "Each dropped document, with its reason and the one that stands for it, is a line of `dropped.jsonl`.", "",
               "![documents of each class](classes.png)", "",
               "| class | " + " | ".join(card.splits) + " | all |", "|---|" + "--:|" * (len(card.splits) + 1)]  # fmt: skip
@@ -98,6 +99,17 @@ def markdown(card: DatasetCard, request: PrepareRequest) -> str:
     lines += ["", "![lengths](lengths.png)", "", f"Characters: {characters}.",
               "", "## Request", "", "```json", _json(request).decode().rstrip(), "```", ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def _private(card: DatasetCard) -> list[str]:
+    """What a person should know of private data before they train on the dataset or pass it on."""
+    private = card.private
+    if private is None:
+        return ["**Private data:** nobody looked for any."]
+    found = _counts(private.found) or "none"
+    left = f"**left in the dataset: {_counts(private.left)}**" if private.left else "none of it is left in the dataset"
+    return [f"**Private data** ({', '.join(private.types)}; action: {private.action}): {private.affected:,} of "
+            f"{private.documents:,} documents held some; found: {found}; {left}. What rules and models miss is still there."]
 
 
 def _counts(counts: dict[str, int]) -> str:

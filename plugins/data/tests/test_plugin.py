@@ -86,7 +86,8 @@ def test_manifest_and_methods(context):
     manifests, broken = find_manifests()
     assert "data" not in broken
     assert manifests["data"].contracts == (Data.id(),)
-    assert set(implemented(DataPlugin(context, None), manifests["data"].contracts)) == {"data.v1.prepare", "data.v1.describe"}
+    methods = implemented(DataPlugin(context, None), manifests["data"].contracts)
+    assert set(methods) == {"data.v1.prepare", "data.v1.describe", "data.v1.redact", "data.v1.redact-part"}
     assert Path(kernelm_data.__file__).with_name("kernelm-plugin.toml").is_file()
 
 
@@ -94,6 +95,6 @@ def test_an_idle_instance_loads_nothing_heavy():
     import subprocess
     import sys
 
-    heavy = ("numpy", "pyarrow", "matplotlib", "tokenizers", "ftfy", "rensa")
+    heavy = ("numpy", "pyarrow", "matplotlib", "tokenizers", "ftfy", "rensa", "re2", "phonenumbers", "spacy")
     code = f"import sys, kernelm_data.plugin; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -38,7 +38,7 @@ class EncoderPlugin(Plugin, Server):
         from kernelm_encoder.model import open_model
 
         folder = await self.context.artifact(self.settings.model.artifact)
-        self._model = await asyncio.to_thread(open_model, folder, self.settings.threads)
+        self._model = await asyncio.to_thread(open_model, folder, self.settings.threads or self.context.threads)
         self._batcher = Batcher(self._model, self.settings, self.context.log)
 
     async def on_stop(self) -> None:

@@ -25,7 +25,7 @@ Serving = Callable[..., AbstractAsyncContextManager[EncoderPlugin]]
 class Shelf:
     """The part of `Context` that the handlers use."""
 
-    pool = "g3"
+    pool, threads = "g3", 1
     log = logging.getLogger("test")
 
     def __init__(self, folder: Path) -> None:

@@ -15,11 +15,13 @@ from kernelm_contracts.server import Measured, Measurement, MeasureRequest
 from kernelm_contracts.trainer import Scores, Trained
 from kernelm_optimizer.children import ENDED, Children, result_of
 from kernelm_optimizer.choice import Figures, figures, rank, reason_against
+from kernelm_optimizer.hooks import GROUP, Samplers, extended
 from kernelm_optimizer.plan import checked, nothing_measured, variant_name
 from kernelm_optimizer.quantize import quantize, read_card, why_not
 from kernelm_optimizer.report import Findings, write
 from kernelm_optimizer.settings import Settings
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
+from kernelm_sdk.hooks import Hooks
 from kernelm_sdk.plugin import Job, Plugin
 
 NOT_MEASURED = "not measured: "
@@ -34,6 +36,7 @@ class OptimizerPlugin(Plugin, Optimizer):
 
     async def optimize(self, request: OptimizeRequest, job: Job) -> Optimized:
         """See `Optimizer.optimize`. ClientFault `invalid` or `budget_too_small`, PluginFault `nothing_measured`."""
+        request = extended(request, Hooks(GROUP, Samplers))
         candidates = checked(request)
         return await _Search(self, request, candidates, job).run()
 

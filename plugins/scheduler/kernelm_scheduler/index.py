@@ -26,6 +26,7 @@ from kernelm_contracts.scheduler import (
     Tenant,
 )
 from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, size, speed_at
+from kernelm_scheduler.hooks import Scoring
 from kernelm_scheduler.ordering import rank
 from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
@@ -60,6 +61,7 @@ class Index:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.scoring: Scoring | None = None  # of distributions that are installed
         self.version, self.now, self.source = 0, 0.0, ""
         self.nodes: dict[str, NodeState] = {}
         self.pending: dict[str, PendingJob] = {}

@@ -4,6 +4,7 @@ from typing import Any
 
 from kernelm_contracts.scheduler import ClusterDelta, ClusterState, Decisions, Scheduler
 from kernelm_scheduler import policy
+from kernelm_scheduler.hooks import installed
 from kernelm_scheduler.index import Index
 from kernelm_scheduler.settings import Settings
 from kernelm_sdk.errors import ClientFault
@@ -18,14 +19,18 @@ class SchedulerPlugin(Plugin, Scheduler):
 
     def __init__(self, context: Context, settings: Settings) -> None:
         super().__init__(context, settings)
+        self._scoring = installed(settings.weights.hooks)
         self._kept: dict[str, tuple[Index, dict[str, policy.Answer]]] = {}  # source -> its state, the last answers to who waits
 
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
-        return policy.decide(request, self.settings)
+        index = Index.of(request, self.settings)
+        index.scoring = self._scoring
+        return policy.decided(index)
 
     async def update(self, request: ClusterDelta, call: Any) -> Decisions:
         if request.base == 0:
             self._kept[request.source] = Index(self.settings), {}
+            self._kept[request.source][0].scoring = self._scoring
         index, answered = self._kept.get(request.source, (None, {}))
         if index is None or index.version != request.base:
             known = f"version {index.version}" if index else "nothing"

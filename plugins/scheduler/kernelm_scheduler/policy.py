@@ -238,16 +238,17 @@ class Round:
 
     def _comes_free(self, ask: Ask, job: PendingJob) -> bool:
         """Whether what is being stopped already makes room enough."""
-        leaving = self._leaving
-        for victim in leaving:
-            self.room.release(victim)
-            self.ledger.give(victim.tenant, amount_of(victim.request, size(allocation_of(victim))))
-        allowed = bool(leaving) and not self.ledger.shortage(job.tenant, ask.whole)
+        self._let_go(1)
+        allowed = bool(self._leaving) and not self.ledger.shortage(job.tenant, ask.whole)
         enough = allowed and self.room.find(ask, job.artifacts) is not None
-        for victim in leaving:
-            self.room.release(victim, -1.0)
-            self.ledger.take(victim.tenant, amount_of(victim.request, size(allocation_of(victim))))
+        self._let_go(-1)
         return enough
+
+    def _let_go(self, sign: int) -> None:
+        """Put what is being stopped back into the room; take it again, with sign -1."""
+        for victim in self._leaving:
+            self.room.release(victim, float(sign))
+            self.ledger.take(victim.tenant, amount_of(victim.request, -sign * size(allocation_of(victim))))
 
     def _record(self, pieces: tuple[Piece, ...], whom: str) -> None:
         """Decisions for what was taken: stop, or shrink."""
@@ -272,17 +273,19 @@ class Round:
             return
         shares = {(s.node, s.type): s.members for s in model.allocation}
         plugin = model.plugins[0] if model.plugins else ""
-        for _ in range(model.replicas - count):  # from the fullest nodes first: what is left stays spread
+        surplus = min(model.replicas - count, sum(shares.values()))  # where some of them are may not be known yet
+        for _ in range(surplus):  # from the fullest nodes first: what is left stays spread
             at = max(shares, key=lambda key: (shares[key], key))
             shares[at] -= 1
             self.room.give(model.request, (Share(at[0], 1, at[1]),), plugin)
             self.ledger.give(model.tenant, amount_of(model.request))
-        probe = PendingJob(f"model {model.name}", model.name, model.request, model.plugins, model.priority, model.tenant)
+        probe = PendingJob(f"model {model.name}", model.name, model.request, model.plugins, model.priority, model.tenant,
+                           artifacts=(model.artifact,) if model.artifact else ())  # fmt: skip
         ask, added = Ask(model.request, model.plugins, model.tenant, 1, (model.type,) if model.type else ()), 0
-        for _ in range(count - model.replicas):
+        for _ in range(max(count - model.replicas - self._coming_for(probe, ask, count - model.replicas), 0)):
             found = None
             if not self.ledger.shortage(model.tenant, ask.whole):
-                found = self.room.find(ask, (model.artifact,) if model.artifact else ())
+                found = self.room.find(ask, probe.artifacts)
             if found is None and self.index.actions & {"preempt", "resize"}:
                 freed = free_for(probe, ask, self._offered, self.room, self.ledger, self.changed)
                 if freed is not None:
@@ -300,6 +303,31 @@ class Round:
         node = allocation[0].node if allocation else ""
         short = f", {count - size(allocation)} more find no room" if size(allocation) < count else ""
         self.first.append(Decision(model.name, "scale", node, plugin, why + short, 0.0, allocation))
+
+    def _coming_for(self, probe: PendingJob, ask: Ask, count: int) -> int:
+        """How many of so many further replicas find room only in what is being stopped already: nobody else is stopped for them,
+        and what is free of it is kept for them."""
+        if not self._leaving or count <= 0:
+            return 0
+        here = 0
+        taken: list[tuple[Share, ...]] = []
+        for leaving in (False, True):
+            if leaving:
+                self._let_go(1)
+            while len(taken) < count and not self.ledger.shortage(probe.tenant, ask.whole):
+                found = self.room.find(ask, probe.artifacts)
+                if found is None:
+                    break
+                taken.append(self.room.take(ask, found))
+                self.ledger.take(probe.tenant, ask.whole)
+            here = here if leaving else len(taken)
+        for shares in taken:
+            self.room.give(ask.request, shares, ask.plugins[0])
+            self.ledger.give(probe.tenant, ask.whole)
+        self._let_go(-1)
+        for shares in taken[here:]:
+            self.room.keep(ask.request, shares)
+        return len(taken) - here
 
     # ---- what is left over ----
 

@@ -85,7 +85,8 @@ class Room:
 
     def _weight(self) -> float:
         weights = self.index.settings.weights
-        return (weights.packing + weights.locality + weights.spread) or 1.0
+        more = self.index.scoring.weight if self.index.scoring else 0.0
+        return (weights.packing + weights.locality + weights.spread + more) or 1.0
 
     def _scores(self, ask: Ask, type: str, plugin: str, short: bool) -> Matrix:
         """Of every node for one member, without locality; cached, and put right where rows have changed since."""
@@ -111,6 +112,8 @@ class Room:
         fits = (free + CPU_TOLERANCE >= need).all(axis=1) & self.index.candidates(ask, type)[rows] & (self.slots[plugin][rows] > 0)
         unused = ((self.free[rows, :3] - need[:3]) / self._capacity[rows]).sum(axis=1) / self._dimensions[rows]
         vector = weights.packing * (1.0 - unused)
+        if self.index.scoring:
+            vector = vector + self.index.scoring(ask.tenant, ask.request, tuple(self.index.names[r] for r in rows), free[:, :3])
         return np.where(fits, vector + weights.spread / (1.0 + self._there(ask.tenant)[rows]), NOT)
 
     def _there(self, tenant: str) -> Matrix:
@@ -190,6 +193,13 @@ class Room:
                 self.long[row] += sign * amount
             if plugin in self.slots and self.slots[plugin][row] >= 0:
                 self.slots[plugin][row] += sign * members
+            self._log.append(row)
+
+    def keep(self, request: Resources, shares: tuple[Share, ...]) -> None:
+        """Take as much as is free now of an allocation that can't be taken as a whole yet."""
+        for row, amount, _ in self.index.amounts(request, shares):
+            for matrix in [self.free] if self.long is self.free else [self.free, self.long]:
+                matrix[row] -= np.clip(matrix[row], 0.0, amount)
             self._log.append(row)
 
     def release(self, job: PlacedJob, sign: float = 1.0) -> None:

@@ -9,6 +9,7 @@ class Weights(Struct, frozen=True, forbid_unknown_fields=True):
     packing: float = 1.0  # least waste: the less is left on the node afterwards, the better
     locality: float = 0.5  # share of the job's artifacts that the node has in its cache, or has loaded
     spread: float = 0.25  # fewer jobs of the tenant there, so that one dying node takes fewer of them
+    hooks: float = 0.5  # each function of a third party that is installed (hooks.py)
 
 
 class Preemption(Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,10 +34,12 @@ class Serving(Struct, frozen=True, forbid_unknown_fields=True):
     """How many replicas a served model gets. Units: `_s` in seconds."""
 
     late: float = 0.01  # share of calls that may be later than the objective
+    variation: float = 0.25  # of the time of a call: variance over the square of the mean; 1 for exponential times
     spare: float = 1.2  # on the way down, calls that are reckoned with over those that come
     down_after_s: float = 120.0  # since the last change of the number
     idle_s: float = 600.0  # without a call, a model that may go to zero goes
     drain_s: float = 10.0  # a queue is to be worked off in so long
+    settle_s: float = 10.0  # so long after a new replica answers, what waited for it has gone, and latency is worth a look
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,5 +63,5 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("weights must not be negative")
         if min(self.stretch, self.stretch_s, self.urgency_s, self.preemption.rest_s, self.elastic.rest_s) < 0:
             raise ValueError("stretch, stretch_s, urgency_s and rest_s must not be negative")
-        if not 0 < self.serving.late < 1 or self.serving.spare < 1 or self.serving.drain_s <= 0:
-            raise ValueError("serving: late lies between 0 and 1, spare is at least 1, drain_s above 0")
+        if not 0 < self.serving.late < 1 or self.serving.spare < 1 or self.serving.drain_s <= 0 or self.serving.variation < 0:
+            raise ValueError("serving: late lies between 0 and 1, spare is at least 1, drain_s above 0, variation not below")

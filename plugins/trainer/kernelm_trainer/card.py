@@ -39,9 +39,10 @@ def _text(card: ModelCard) -> str:
     scores = "\n".join(f"| {s.split} | {s.documents} | {s.accuracy:.4f} | {s.macro_recall:.4f} | {s.macro_f1:.4f} | {s.loss:.4f} |"
                        for s in card.scores.values())  # fmt: skip
     last = list(card.scores.values())[-1]
+    warnings = "".join(f"\n\n**Warning:** {warning}." for warning in card.warnings)
     return f"""# {card.name}
 
-Classifies a text as one of: {", ".join(card.labels)}. {PROCEDURES[card.structure]}
+Classifies a text as one of: {", ".join(card.labels)}. {PROCEDURES[card.structure]}{warnings}
 
 | split | documents | accuracy | macro recall | macro F1 | cross-entropy (nats) |
 |---|---|---|---|---|---|

@@ -43,7 +43,7 @@ def check_request(request: TrainRequest) -> None:
 
 def settings_of(request: TrainRequest) -> dict[str, Any]:
     """The fields that shape the model, for `ModelCard.request`."""
-    unused = {*UNUSED[request.structure], "dataset", "base", "checkpoint_every_s", "report_test"}
+    unused = {*UNUSED[request.structure], "dataset", "base", "checkpoint_every_s", "report_test", "require_private_clean"}
     return {field: getattr(request, field) for field in request.__struct_fields__ if field not in unused}
 
 

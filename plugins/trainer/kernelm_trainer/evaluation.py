@@ -1,4 +1,4 @@
-"""Scores of a classifier, and the picture of its confusions."""
+"""The picture of a classifier's confusions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,31 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from scipy.special import logsumexp
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from kernelm_contracts.trainer import Scores
 
 INK, MUTED, PAPER, EMPTY = "#1f2933", "#66727f", "#ffffff", "#f3f5f7"
-
-
-def score(split: str, labels: Sequence[str], truth: NDArray[np.int64], logits: NDArray[np.floating]) -> Scores:
-    """Scores of `logits` [documents, labels] against `truth` [documents].
-
-    Macro figures are means over the labels that occur in `truth`. A precision without predictions counts as 0.
-    """
-    predicted = logits.argmax(1)
-    every = list(range(len(labels)))
-    precision, recall, f1, support = precision_recall_fscore_support(truth, predicted, labels=every, zero_division=0.0)
-    present = support > 0
-    per_label = {label: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i]),
-                         "support": float(support[i])} for i, label in enumerate(labels)}  # fmt: skip
-    wide = logits.astype(np.float64)
-    loss = float(np.mean(logsumexp(wide, axis=1) - wide[np.arange(len(truth)), truth]))
-    confusion = confusion_matrix(truth, predicted, labels=every)
-    return Scores(split, len(truth), float(np.mean(predicted == truth)), float(recall[present].mean()),
-                  float(f1[present].mean()), loss, per_label, tuple(tuple(map(int, row)) for row in confusion))  # fmt: skip
 
 
 def draw(scores: Sequence[Scores], labels: Sequence[str], title: str, path: Path) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
+from kernelm_contracts.texts import score
 from kernelm_contracts.trainer import Scores, TrainRequest
 from kernelm_sdk.errors import PluginFault
 from kernelm_trainer import algorithms, checkpoint, encoder
 from kernelm_trainer.batches import padded, shuffled
 from kernelm_trainer.corpus import Corpus, Documents
 from kernelm_trainer.encoder import Classifier
-from kernelm_trainer.evaluation import score
 from kernelm_trainer.observer import Meter, Observer
 
 SAVE_SHARE = 0.05  # of the time may go into checkpoints: where the disk is slow they are written less often

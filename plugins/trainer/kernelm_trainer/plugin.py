@@ -57,6 +57,6 @@ class TrainerPlugin(Plugin, Trainer):
 
         from kernelm_trainer.training import Folders, train
 
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
+        if threads := self.settings.threads or job.threads:
+            torch.set_num_threads(threads)
         return train(request, Folders(dataset, job.scratch, base, checkpoint), JobObserver(job))

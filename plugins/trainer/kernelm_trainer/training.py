@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernelm_contracts.texts import check_private, score
 from kernelm_contracts.trainer import ModelCard, Scores, TrainRequest
 from kernelm_trainer import card, encoder, tfidf
 from kernelm_trainer.corpus import Corpus, read_corpus
 from kernelm_trainer.demand import check_request, settings_of
-from kernelm_trainer.evaluation import score
 from kernelm_trainer.finetune import FineTuning
 from kernelm_trainer.frozen import FrozenLinear
 from kernelm_trainer.observer import Observer
@@ -58,13 +58,16 @@ def train(request: TrainRequest, folders: Folders, observer: Observer) -> Outcom
     observer.progress(0.0, "load", "dataset")
     splits = ("train", "validation", "test") if request.report_test else ("train", "validation")
     corpus = read_corpus(folders.dataset, request.structure != "tfidf-linear", splits)
+    warning = check_private(request, corpus.card)
+    if warning:
+        observer.progress(0.0, "load", f"warning: {warning}")
     fitted = STRUCTURES[request.structure](request, corpus, folders, observer)
     observer.progress(1.0, "write", "model")
     folder = folders.work / "model"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     fitted.write(folder)
-    described = _describe(request, corpus, fitted)
+    described = _describe(request, corpus, fitted, (warning,) if warning else ())
     card.write(folder, described)
     return Outcome(folder, described, fitted.tokens_per_s)
 
@@ -114,10 +117,10 @@ def _count(model: encoder.Classifier) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _describe(request: TrainRequest, corpus: Corpus, fitted: Fitted) -> ModelCard:
+def _describe(request: TrainRequest, corpus: Corpus, fitted: Fitted, warnings: tuple[str, ...]) -> ModelCard:
     settings = settings_of(request) | ({"best_epoch": fitted.epoch} if fitted.epoch else {})
     return ModelCard(
         name=f"{corpus.card.name}-{request.structure}", task="text-classification", structure=request.structure,
         labels=corpus.labels, max_tokens=corpus.card.max_tokens, algorithm=request.algorithm,
         parameters=fitted.parameters, dataset=request.dataset, base=request.base, request=settings,
-        scores=fitted.scores, trained_s=round(fitted.elapsed_s, 2), hidden=fitted.hidden)  # fmt: skip
+        scores=fitted.scores, trained_s=round(fitted.elapsed_s, 2), hidden=fitted.hidden, warnings=warnings)  # fmt: skip

@@ -2,6 +2,8 @@ import math
 
 import pytest
 
+from kernelm_contracts.data import DatasetCard, PrivateCard
+from kernelm_contracts.texts import check_private
 from kernelm_contracts.trainer import TrainRequest
 from kernelm_sdk.errors import ClientFault
 from kernelm_trainer.algorithms import LEARNING_RATES
@@ -44,3 +46,24 @@ def test_settings_are_those_that_shape_the_model() -> None:
     request = TrainRequest("sha256:d", structure="tfidf-linear", algorithm="lbfgs", ngrams=3)
     assert settings_of(request) == {"structure": "tfidf-linear", "algorithm": "lbfgs", "regularization": 1.0,
                                     "ngrams": 3, "seed": 0}  # fmt: skip
+
+
+CLEAN = PrivateCard("redact", ("email",), 10, 2, {"email": 3})
+HELD = PrivateCard("report", ("email",), 10, 2, {"email": 3}, {"email": 3})
+
+
+@pytest.mark.parametrize(("private", "problem"), [(None, "nobody looked"), (HELD, "3 email"), (CLEAN, "")])
+def test_the_gate_for_private_data(private: PrivateCard | None, problem: str) -> None:
+    dataset = DatasetCard("d", ("a", "b"), (), {}, 0, private=private)
+    assert check_private(TrainRequest("sha256:d"), dataset) == ""
+    said = check_private(TrainRequest("sha256:d", require_private_clean="warn"), dataset)
+    assert problem in said
+    assert bool(said) == bool(problem)
+    refuse = TrainRequest("sha256:d", require_private_clean="refuse")
+    if not problem:
+        assert check_private(refuse, dataset) == ""
+        return
+    with pytest.raises(ClientFault, match=problem) as caught:
+        check_private(refuse, dataset)
+    assert caught.value.code == "private_data"
+    assert "redact" in caught.value.remedy

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kernelm_trainer.evaluation import draw, score
+from kernelm_contracts.texts import score
+from kernelm_trainer.evaluation import draw
 
 
 def test_scores_of_a_known_case() -> None:

@@ -56,6 +56,15 @@ def test_tfidf_is_good_and_rebuilt_from_the_contract_alone(
     assert np.allclose(logits_by_the_contract(outcome.folder, ""), load_file(outcome.folder / "linear.safetensors")["bias"])
 
 
+def test_what_speaks_against_the_dataset_is_on_the_card(news: Path, tmp_path: Path, recorder) -> None:
+    outcome = train(msgspec.structs.replace(TFIDF, require_private_clean="warn"), Folders(news, tmp_path), recorder)
+    assert outcome.card.warnings == ("nobody looked for private data in the dataset",)
+    assert "**Warning:** nobody looked" in (outcome.folder / "card.md").read_text()
+    assert "require_private_clean" not in outcome.card.request
+    with pytest.raises(ClientFault, match="nobody looked"):
+        train(msgspec.structs.replace(TFIDF, require_private_clean="refuse"), Folders(news, tmp_path / "other"), recorder)
+
+
 def test_card_and_evaluation_say_the_same(news: Path, tmp_path: Path, recorder) -> None:
     outcome = train(TFIDF, Folders(news, tmp_path), recorder)
     assert card.read(outcome.folder) == outcome.card

@@ -13,6 +13,7 @@ from rich.text import Text
 from kernelm_cli.results import short
 from kernelm_cli.session import Output, connection, print_json, running, stdout
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
+from kernelm_sdk.bus import Bus
 from kernelm_sdk.contract import method_of
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, Whose, from_body
 
@@ -60,7 +61,7 @@ def call(model: Annotated[str, Parameter(name="MODEL")],
 async def _over_nats(output: Output, request: ClassifyRequest) -> ClassifyReply:
     async with connection(output.folder) as bus:
         try:
-            reply: ClassifyReply = await bus.call(Server.classify, request, model=request.model, timeout_s=TIMEOUT_S)
+            reply: ClassifyReply = await _patiently(bus, request)
         except ValueError as error:  # a name that can't stand in a subject
             raise ClientFault("unknown_model", f"{request.model!r} is no model: {error}", "kernelm model list") from None
         except KernelFault as fault:
@@ -68,6 +69,17 @@ async def _over_nats(output: Output, request: ClassifyRequest) -> ClassifyReply:
                 raise
             raise ClientFault("unknown_model", f"no deployment {request.model!r} answers", "kernelm model list") from None
         return reply
+
+
+async def _patiently(bus: Bus, request: ClassifyRequest) -> ClassifyReply:
+    """The answer; a model that had no instance, and is being started for this call, is waited for."""
+    try:
+        reply: ClassifyReply = await bus.call(Server.classify, request, model=request.model, timeout_s=TIMEOUT_S)
+    except KernelFault as fault:
+        if fault.code != "starting":
+            raise
+        reply = await bus.call(Server.classify, request, model=request.model, timeout_s=TIMEOUT_S, patience_s=TIMEOUT_S)
+    return reply
 
 
 class _Refusal(msgspec.Struct):

@@ -14,7 +14,7 @@ from rich.text import Text
 from watchfiles import Change as FileChange
 from watchfiles import awatch
 
-from kernelm_cli import faults, staging
+from kernelm_cli import faults, staging, trusting
 from kernelm_cli.plugins import Starting, ask_load, store
 from kernelm_cli.results import short
 from kernelm_cli.session import Common, connection, stdout
@@ -52,8 +52,8 @@ def dev(path: Annotated[Path, Parameter(name="PATH")], /, *, starting: Starting 
     path
         The plugin's folder.
     """
-    if str(path).endswith(".whl"):
-        raise ClientFault("invalid", f"{path} is a wheel, which does not change", "kernelm plugin load, or name the folder")
+    if str(path).endswith(staging.ARCHIVES):
+        raise ClientFault("invalid", f"{path} is an archive, which does not change", "kernelm plugin load, or name the folder")
     source = staging.find(path)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_dev(source, common.folder, starting, stdout()))
@@ -83,7 +83,8 @@ class Saves:
     """What changes in the folder. Saves that come while one is taken up are one save."""
 
     def __init__(self, source: staging.Source, stop: asyncio.Event) -> None:
-        self._folder, self._stop, self._left_out = source.folder.resolve(), stop, staging.LeftOut(source.folder)
+        self._folder, self._stop = source.folder.resolve(), stop
+        self._left_out = staging.LeftOut(source.folder, bool(source.manifest.command))
         self._saved = asyncio.Event()
         self.written = 0.0  # Unix seconds of the last one
 
@@ -155,6 +156,7 @@ class DevSession:
             if self._broken:
                 self._console.print(Text.assemble((_clock(), "dim"), ("  ✓ ", "bold green"), "back to what runs in ", self._pool))
             return None
+        await trusting.verdicts(self._bus, digest, self._starting.allow_unsigned, "plugin dev")
         wanted = self._starting.request("plugin dev", replaces, AT_ONCE)
         wanted = msgspec.structs.replace(wanted, manifest=self._source.text, source=digest, instances=wanted.instances or 1)
 

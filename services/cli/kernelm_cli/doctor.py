@@ -28,6 +28,7 @@ SERVICES = ("kernelm", "kernelm-sdk", "kernelm-contracts", "kernelm-artifacts", 
 LIBRARIES = {"torch": "training and serving of encoders", "transformers": "encoders", "scikit-learn": "linear models",
              "onnxruntime": "int8 models"}  # fmt: skip
 MEMORY_MB, DISK_MB = (2048, 6144), (1024, 10240)  # (essential, comfortable), for the run of deploy/runs/news.toml
+COMMANDS: dict[str, str] = {}  # of third parties that were left out, with the reason
 STYLES = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "missing": ("✗", "red")}
 
 
@@ -128,6 +129,8 @@ def _plugins() -> Iterator[Check]:
     yield Check("plugins", "ok" if manifests else "warn", ", ".join(manifests) or "none", "pip install kernelm-data ...")
     for name, why in broken.items():
         yield Check(f"plugin {name}", "warn", why, f"correct or uninstall it: pip uninstall kernelm-{name}")
+    for name, why in COMMANDS.items():
+        yield Check(f"command {name}", "warn", f"left out, {why}", "uninstall its distribution, or have the command renamed")
 
 
 def _home(home: Path) -> Iterator[Check]:

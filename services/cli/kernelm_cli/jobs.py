@@ -1,7 +1,8 @@
-"""`kernelm jobs list | show | why | plan | cancel`: the job table. An id may be a job's or a run's."""
+"""`kernelm jobs list | show | why | plan | timeline | cancel`: the job table. An id may be a job's or a run's."""
 
 import asyncio
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,15 @@ from rich.text import Text
 
 from kernelm_cli import faults, run_file
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
+from kernelm_cli.timeline import Lane, cut, draw, lanes
 from kernelm_cli.view import MARKS, RunDrawing, duration, metrics, outcome, plain, took
 from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, Outlook, Plan, RunName, RunRecord, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.events import Event, received
+from kernelm_sdk.system import Empty, Kernel, Node, NodeReport, SystemState
+
+UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 app = App(name="jobs", help="The jobs: durable, resumable work.", version_flags=[])
 
@@ -154,6 +160,48 @@ def plan(file: Annotated[Path, Parameter(name="FILE")], /, *, output: Output = O
         return 0
 
     return asyncio.run(work())
+
+
+@app.command
+def timeline(*, out: Path = Path("timeline.png"), last: str = "1h", output: Output = Output()) -> int:
+    """Draw the schedule over time: the cores that tenants and models held, and a line for each job, waiting and running.
+
+    Parameters
+    ----------
+    out
+        The picture, .png or .svg.
+    last
+        So far back, e.g. 90s, 15m, 2h.
+    """
+    since = time.time() - _seconds(last)
+
+    async def work() -> tuple[list[Lane], float]:
+        async with connection(output.folder) as bus:
+            system: SystemState = await bus.call(Kernel.state, Empty(), timeout_s=5.0)
+            nodes = [i.id for i in system.instances if i.state == "ready" and "node/1" in i.contracts]
+            reports: list[NodeReport] = [await bus.call(Node.report, Empty(), instance=node, timeout_s=5.0) for node in nodes]
+            found: list[tuple[float, Event]] = []
+            for pattern in ("evt.job.state.jobs", "evt.model.scaled.jobs"):
+                async for number, subject, body, headers in bus.read("EVT", pattern):
+                    event = received(subject, body, headers, number)
+                    if event.event is not None:
+                        found.append((datetime.fromisoformat(event.time).timestamp(), event.event))
+            return cut(lanes(sorted(found, key=lambda f: f[0]), time.time()), since), sum(r.capacity.cpu for r in reports)
+
+    found, cores = asyncio.run(work())
+    draw(out, found, cores)
+    if output.json:
+        print_json(found)
+    else:
+        stdout().print(f"{out}: {len(found)} jobs and models of the last {last}")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    number, unit = text[:-1], text[-1:]
+    if unit not in UNITS_S or not number.replace(".", "", 1).isdigit():
+        raise ClientFault("invalid", f"--last {text!r} is no duration", "e.g. 90s, 15m, 2h, 1d")
+    return float(number) * UNITS_S[unit]
 
 
 def _words(outlook: Outlook) -> Text:

@@ -26,7 +26,7 @@ def _deployments(state: SystemState) -> list[Route]:
 
 def _ready(state: SystemState, route: Route) -> int:
     pools = {d.pool for d in route.to}
-    return sum(i.pool in pools and i.state == "ready" for i in state.instances)
+    return sum(i.pool in pools and i.state == "ready" and route.name in i.models for i in state.instances)
 
 
 @app.default

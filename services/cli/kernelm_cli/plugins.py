@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from kernelm.lifecycle import LIVE
-from kernelm_cli import amounts, plugin_list, staging
+from kernelm_cli import amounts, plugin_list, staging, trusting
 from kernelm_cli.results import short
 from kernelm_cli.session import Output, connection, print_json, stdout
 from kernelm_cli.swapping import conclude, follow, resolve, settle, state_of, unknown
@@ -74,6 +74,8 @@ class Starting:
     instances: Annotated[int, _option("How many; as many as before, or 1.")] = 0
     image: Annotated[str, _option("Of a container: its id or digest.")] = ""
     artifact: Annotated[tuple[str, ...], _option("Digest that a container may read; repeat it.")] = ()
+    allow_unsigned: Annotated[bool, Parameter(negative="", help="As administrator, allow these files to run on nodes that list "
+                                              "keys (KERNELM_TRUST), though no listed key signed them.")] = False  # fmt: skip
 
     def request(self, why: str, replaces: str = "", bounds: Bounds = Bounds(), canary: int = 0) -> LoadRequest:
         """The request, without the plugin."""
@@ -114,7 +116,7 @@ def load(plugin: Annotated[str, Parameter(name="PLUGIN|PATH")], /, *, starting: 
     plugin
         An installed plugin's name, a folder with a plugin (./my-plugin), or a wheel.
     """
-    return _start(plugin, starting.request(change.why), change)
+    return _start(plugin, starting.request(change.why), change, starting.allow_unsigned)
 
 
 @app.command
@@ -133,10 +135,10 @@ def replace(what: What, plugin: Annotated[str, Parameter(name="PLUGIN|PATH")] = 
         with other settings or after an upgrade.
     """
     canary, bounds = replacing.bounds()
-    return _start(plugin, starting.request(change.why, what, bounds, canary), change)
+    return _start(plugin, starting.request(change.why, what, bounds, canary), change, starting.allow_unsigned)
 
 
-def _start(plugin: str, request: LoadRequest, options: Change) -> int:
+def _start(plugin: str, request: LoadRequest, options: Change, allow_unsigned: bool) -> int:
     console = stdout()
     if plugin and not staging.is_path(plugin) and not TOKEN.match(plugin):
         raise ClientFault("invalid", f"{plugin!r} is no plugin's name and no path",
@@ -148,6 +150,10 @@ def _start(plugin: str, request: LoadRequest, options: Change) -> int:
             if source is not None and not options.json:
                 m = source.manifest
                 console.print(f"{m.name} {m.version} is stored as {short(wanted.source)}", highlight=False)
+            if source is not None:
+                found = await trusting.verdicts(bus, wanted.source, allow_unsigned, request.why)
+                if not options.json:
+                    console.print(f"trust: {trusting.summary(found)}", highlight=False, markup=False, soft_wrap=True)
 
             async def ask() -> Swap:
                 return await ask_load(bus, wanted)
@@ -174,7 +180,7 @@ async def prepared(plugin: str) -> AsyncIterator[staging.Source | None]:
     """The plugin in the folder or wheel that `plugin` names; None for a name."""
     if not staging.is_path(plugin):
         yield None
-    elif not plugin.endswith(".whl"):
+    elif not plugin.endswith(staging.ARCHIVES):
         yield staging.find(Path(plugin))
     else:
         with tempfile.TemporaryDirectory(prefix="kernelm-wheel-") as folder:

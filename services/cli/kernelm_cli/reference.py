@@ -1,4 +1,4 @@
-"""What is derived from the contracts and committed: JSON Schemas, the AsyncAPI document, the .proto files.
+"""What is derived from the contracts and committed: JSON Schemas, the AsyncAPI document, the .proto files, the pages.
 
     python -m kernelm_cli.reference write     derive and write them
     python -m kernelm_cli.reference check     exit code 1 and a list if what is committed is stale
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 import kernelm_contracts
+from kernelm_cli import reference_pages
 from kernelm_gateway import proto_text, protobuf
 from kernelm_sdk import system
 from kernelm_sdk.contract import CONTRACTS, Contract, Method
@@ -48,7 +49,7 @@ def documents() -> dict[Path, str]:
             text = proto_text.render(protobuf.describe(contract), ORIGIN.format(contract.id()))
             files[PROTOS / protobuf.file_name(contract)] = text
     files[SCHEMAS / "asyncapi.json"] = _json(asyncapi())
-    return files
+    return files | reference_pages.pages(contracts(), ROOT)
 
 
 def _json(document: dict[str, Any]) -> str:
@@ -225,7 +226,7 @@ def write(root: Path = ROOT) -> list[Path]:
 
 
 def _present(root: Path) -> list[Path]:
-    found = [*(root / SCHEMAS).glob("*.json"), *(root / PROTOS).glob("*.proto")]
+    found = [*(root / SCHEMAS).glob("*.json"), *(root / PROTOS).glob("*.proto"), *(root / reference_pages.PAGES).glob("*.md")]
     return sorted(path.relative_to(root) for path in found)
 
 

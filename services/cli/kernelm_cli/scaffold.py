@@ -3,6 +3,7 @@
 import re
 import shlex
 import string
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -26,14 +27,17 @@ class Kind(NamedTuple):
     class_name: str
     summary: str
     needs: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
 
 KINDS = {
     "scheduler": Kind("scheduler/1", "InOrder", "Places jobs in the order they came, within each priority"),
     "data": Kind("data/1", "FolderData", "Turns folders of text into datasets", ("msgspec>=0.22", "pyarrow>=20")),
     "trainer": Kind("trainer/1", "WordTrainer", "Trains text classifiers on words with scikit-learn",
-                    ("msgspec>=0.22", "numpy>=2", "pyarrow>=20", "safetensors>=0.6", "scikit-learn>=1.7")),
-    "server": Kind("server/1", "WordServer", "Serves text classifiers on words", ("msgspec>=0.22", "numpy>=2", "safetensors>=0.6")),
+                    ("numpy>=2", "pyarrow>=20", "safetensors>=0.6", "scikit-learn>=1.7")),
+    "server": Kind("server/1", "WordServer", "Serves text classifiers on words", ("numpy>=2", "safetensors>=0.6")),
+    "optimizer": Kind("optimizer/1", "MostAccurate", "Measures candidates side by side, and picks the most accurate",
+                      ("msgspec>=0.22",), ("jobs/1.submit", "jobs/1.get")),
 }  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def new(kind: Annotated[str, Parameter(name="KIND")], name: Annotated[str, Param
     Parameters
     ----------
     kind
-        scheduler, data, trainer, server, or the id of any contract, e.g. optimizer/1.
+        scheduler, data, trainer, optimizer, server, or the id of any contract, e.g. jobs/1.
     name
         Of the plugin: a-z, 0-9 and '-'.
     folder
@@ -68,27 +72,34 @@ def create(kind: str, name: str, folder: Path) -> list[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClientFault("already_exists", f"{folder} is there, and not empty", "another NAME, or --folder")
     known = KINDS.get(kind) or next((k for k in KINDS.values() if k.contract == kind), None)
+    own: dict[str, str] = {}  # files of this kind's template
     if known is not None:
-        code = (TEMPLATES / known.contract.partition("/")[0] / "plugin.py").read_text()
+        own = {f.name: f.read_text() for f in (TEMPLATES / known.contract.partition("/")[0]).iterdir() if f.is_file()}
+        code = own.pop("plugin.py")
     else:
         contract = _contract(kind)
         class_name = "".join(part.title() for part in name.split("-"))
         known = Kind(contract.id(), class_name, f"Implements {contract.id()}")
         code = _generic(contract, class_name)
     words = {"name": name, "package": package, "contract": known.contract, "class_name": known.class_name, "summary": known.summary,
-             "dependencies": ", ".join(f'"{n}"' for n in sorted(ALWAYS + known.needs))}  # fmt: skip
+             "dependencies": _listed(sorted(ALWAYS + known.needs)),
+             "calls": f"calls = [{_listed(known.calls)}]\n" if known.calls else ""}  # fmt: skip
 
     def common(template: str) -> str:
         return string.Template((TEMPLATES / "common" / template).read_text()).substitute(words)
 
     written = {"pyproject.toml": common("pyproject.toml.in"), "README.md": common("README.md.in"), f"{package}/__init__.py":
                f'"""{known.summary}."""\n', f"{package}/{MANIFEST}": common(f"{MANIFEST}.in"), f"{package}/plugin.py": code,
-               "tests/test_conformance.py": common("conformance.py")}  # fmt: skip
+               "tests/test_conformance.py": common("conformance.py")} | own  # fmt: skip
     for path, text in written.items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return [folder / path for path in written]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _contract(kind: str) -> type[Contract]:

@@ -24,12 +24,15 @@ from pathspec import GitIgnoreSpec
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import MANIFEST, parse_manifest
 from kernelm_sdk.system import Manifest
+from kernelm_trust import SBOM, SIGNATURE
 
 LEFT_OUT = (".git", ".hg/", "__pycache__/", ".venv/", "venv/", "/build/", "/dist/", "*.egg-info/", "*.pyc", ".mypy_cache/",
             ".ruff_cache/", ".pytest_cache/", ".tox/", ".nox/", "node_modules/", ".DS_Store", "*.swp", "*~", ".#*")  # fmt: skip
+BUILT = frozenset({"/build/", "/dist/", "node_modules/"})  # of LEFT_OUT: what a plugin that is no Python runs
 NOT_IMPORTED = frozenset({"tests", "test", "docs", "examples", "setup.py", "conftest.py", "noxfile.py"})
 MOST_FILES, MOST_BYTES = 20_000, 1 << 30  # of a plugin; a model belongs into an artifact of its own
 PYPROJECT = "pyproject.toml"
+ARCHIVES = (".whl", ".zip")  # a wheel; the files of a plugin whose manifest lies at the root
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -43,8 +46,8 @@ class Source(msgspec.Struct, frozen=True):
 
 
 def is_path(text: str) -> bool:
-    """Whether PLUGIN|PATH means a path: it has a separator, begins with "." or "~", or ends in .whl."""
-    return "/" in text or text.startswith((".", "~")) or text.endswith(".whl")
+    """Whether PLUGIN|PATH means a path: it has a separator, begins with "." or "~", or is an archive's name."""
+    return "/" in text or text.startswith((".", "~")) or text.endswith(ARCHIVES)
 
 
 def find(path: Path, called: str = "") -> Source:
@@ -75,7 +78,12 @@ def find(path: Path, called: str = "") -> Source:
 
 
 def _root(folder: Path, manifest: Manifest, where: Path) -> Path:
-    """Where the module of the manifest's `entry` lies."""
+    """Where the module of the manifest's `entry` lies; a `command` runs where its manifest is."""
+    if manifest.command:
+        if where.parent == folder:
+            return folder
+        raise ClientFault("invalid_manifest", f"{where}: a plugin with a `command` has its manifest at the root of its folder",
+                          f"name {where.parent}")  # fmt: skip
     top = manifest.entry.partition(":")[0].partition(".")[0]
     for root in (folder, folder / "src", *([folder.parent] if folder.name == top else [])):
         if (root / top).is_dir() or (root / f"{top}.py").is_file():
@@ -104,25 +112,36 @@ def _chosen(source: Source) -> Iterator[tuple[str, Path]]:
     """(path in the artifact, file) of all that is stored. With the manifest at the root of the folder all of it is, since a
     plugin may read what lies beside it; else the packages and modules, for the rest of such a folder is the project's."""
     folder, root = source.folder, source.root
+    left_out = LeftOut(folder, bool(source.manifest.command))
     yield MANIFEST, source.where
     if (project := folder / PYPROJECT).is_file():
         yield PYPROJECT, project
     if root == folder.parent:  # the package itself was named
-        yield from _walk(folder, folder, f"{folder.name}/")
+        yield from _walk(folder, folder, left_out, f"{folder.name}/")
     elif root == folder and source.where.parent == folder:
-        yield from ((name, file) for name, file in _walk(folder, folder) if name not in (MANIFEST, PYPROJECT))
+        yield from ((name, file) for name, file in _walk(folder, folder, left_out) if name not in (MANIFEST, PYPROJECT))
     else:
         for path in sorted(root.iterdir()):
             named = path in (source.where.parent, root / source.manifest.entry.partition(":")[0].partition(".")[0])
             package = path.is_dir() and ((path / "__init__.py").is_file() or path.name.endswith(".dist-info"))
             if path.name in NOT_IMPORTED or not (named or package or path.suffix in (".py", ".so")):
                 continue
-            if not LeftOut(folder)(path.relative_to(folder), path.is_dir()):
-                yield from _walk(path, folder, f"{path.name}/") if path.is_dir() else [(path.name, _within(path, folder))]
+            if path.name.endswith(".dist-info"):
+                yield from _of_wheel(path, _walk(path, folder, left_out, f"{path.name}/"))
+            elif not left_out(path.relative_to(folder), path.is_dir()):
+                whole = path.is_dir()
+                yield from _walk(path, folder, left_out, f"{path.name}/") if whole else [(path.name, _within(path, folder))]
 
 
-def _walk(top: Path, folder: Path, prefix: str = "", above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Path]]:
-    left_out = LeftOut(folder)
+def _of_wheel(info: Path, files: Iterator[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
+    """What a wheel says of itself: its signature goes to the root; RECORD is of the wheel, and can't be signed by what it lists."""
+    for name, file in files:
+        if name != f"{info.name}/RECORD":
+            yield (SIGNATURE if name == f"{info.name}/{SIGNATURE}" else name), file
+
+
+def _walk(top: Path, folder: Path, left_out: "LeftOut", prefix: str = "",
+          above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Path]]:  # fmt: skip
     for path in sorted(top.iterdir()):
         if left_out(path.relative_to(folder), path.is_dir()):
             continue
@@ -130,7 +149,7 @@ def _walk(top: Path, folder: Path, prefix: str = "", above: tuple[Path, ...] = (
         if path.is_dir():
             if real in above or real == top.resolve():
                 raise ClientFault("unsupported_file", f"{path} is a symbolic link to a folder that it lies in", "remove it")
-            yield from _walk(path, folder, f"{prefix}{path.name}/", (*above, top.resolve()))
+            yield from _walk(path, folder, left_out, f"{prefix}{path.name}/", (*above, top.resolve()))
         else:
             yield prefix + path.name, real
 
@@ -149,25 +168,26 @@ def _within(path: Path, folder: Path) -> Path:
 
 
 class LeftOut:
-    """What is left out of a folder: LEFT_OUT, and what its .gitignore says."""
+    """What is left out of a folder: LEFT_OUT (with `built`, which is for plugins that have a `command`, not what was built or
+    installed there), and what its .gitignore says."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, built: bool = False) -> None:
         file = folder / ".gitignore"
         self._own = GitIgnoreSpec.from_lines(file.read_text(errors="replace").splitlines() if file.is_file() else ())
-        self._always = GitIgnoreSpec.from_lines(LEFT_OUT)
+        self._always = GitIgnoreSpec.from_lines(n for n in LEFT_OUT if not (built and n in BUILT))
 
     def __call__(self, path: Path, directory: bool) -> bool:
         """Whether `path` (relative) is left out by itself; what lies in a folder that is left out is never asked for."""
         text = path.as_posix() + "/" * directory
-        return self._always.match_file(text) or (path.name != MANIFEST and self._own.match_file(text))
+        return self._always.match_file(text) or (path.name not in (MANIFEST, SIGNATURE, SBOM) and self._own.match_file(text))
 
 
 # ---- wheels ----
 
 
 def unpack(wheel: Path, into: Path) -> Path:
-    """Unpack a wheel into the empty folder `into`, which is returned; its requirements become a pyproject.toml. ClientFault at
-    a path that leads out, a link, and too much."""
+    """Unpack a wheel or a .zip of `kernelm plugin pack` into the empty folder `into`, which is returned; a wheel's requirements
+    become a pyproject.toml. ClientFault at a path that leads out, a link, and too much."""
     if not wheel.is_file():
         raise ClientFault("not_found", f"{wheel} does not exist", "name the plugin's folder or its wheel")
     try:
@@ -181,7 +201,8 @@ def unpack(wheel: Path, into: Path) -> Path:
                     shutil.copyfileobj(packed, file)  # zipfile checks the CRC, and ends at the size that the entry claims
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise ClientFault("invalid", f"{wheel} is no intact wheel: {error}", "build it again: python -m build --wheel") from None
-    _write_project(wheel, into)
+    if wheel.suffix == ".whl":
+        _write_project(wheel, into)
     return into
 
 

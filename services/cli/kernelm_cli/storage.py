@@ -28,23 +28,28 @@ async def watch(url: str, home: Path, restart: Callable[[], None]) -> None:
     """Look for ever; `restart()` the broker when it can't store and has the room to."""
     bus: Bus | None = None
     signs = 0
-    while True:
-        await asyncio.sleep(LOOK_S)
-        try:
-            if bus is None or bus.closed:
-                bus = await Bus.connect(url, admin(home), timeout_s=5.0)
-            silent = await _silent(bus)
-        except Fault:  # broker or kernel is away: their keepers look after that
-            signs = 0
-            continue
-        signs = signs + 1 if silent > LEASE_TTL_S else 0
-        free = shutil.disk_usage(home).free
-        if signs >= LOOKS and free < ROOM:
-            log.error("the broker has stored nothing for %.0f s: %s has %d bytes left; free %d or more", silent, home, free, ROOM)
-        elif signs >= LOOKS:
-            log.error("the broker has stored nothing for %.0f s, and has %d bytes for it: it is started again", silent, free)
-            signs = 0
-            restart()
+    try:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                if bus is None or bus.closed:
+                    bus = await Bus.connect(url, admin(home), timeout_s=5.0)
+                silent = await _silent(bus)
+            except Fault:  # broker or kernel is away: their keepers look after that
+                signs = 0
+                continue
+            signs = signs + 1 if silent > LEASE_TTL_S else 0
+            free = shutil.disk_usage(home).free
+            if signs >= LOOKS and free < ROOM:
+                log.error("the broker has stored nothing for %.0f s: %s has %d bytes left; free %d or more",
+                          silent, home, free, ROOM)  # fmt: skip
+            elif signs >= LOOKS:
+                log.error("the broker has stored nothing for %.0f s, and has %d bytes for it: it is started again", silent, free)
+                signs = 0
+                restart()
+    finally:
+        if bus is not None:  # left open it would reconnect for ever, through the end of the event loop
+            await bus.close()
 
 
 async def _silent(bus: Bus) -> float:

@@ -84,6 +84,8 @@ def up(*, common: Common = Common(), detach: Annotated[bool, Parameter(negative=
         Start without plugins of third parties.
     """
     options = Options(http_port, grpc_port, broker_port, safe)
+    if trust := os.environ.get("KERNELM_TRUST"):  # of the node, which runs in another folder
+        os.environ["KERNELM_TRUST"] = str(Path(trust).expanduser().absolute())
     if detach:
         return _detach(common.folder, options)
     _log()

@@ -103,6 +103,20 @@ def test_a_bad_manifest_is_told_with_file_and_field(tmp_path: Path) -> None:
     assert "max_jobs" in caught.value.message
 
 
+def test_of_a_plugin_with_a_command_goes_in_what_was_built_and_installed(tmp_path: Path) -> None:
+    files = ["kernelm-plugin.toml", "main.js", "build/tool", "dist/a.js", "node_modules/nats/index.js"]
+    write(tmp_path / "p", *files, ".git/config", "secret.key")
+    manifest = tmp_path / "p" / "kernelm-plugin.toml"
+    manifest.write_text(MANIFEST.replace('entry = "echo_plugin:Echo"', 'command = ["node", "main.js"]'))
+    (tmp_path / "p" / ".gitignore").write_text("*.key\n/dist/\n")
+    assert staged(tmp_path / "p", tmp_path / "out") == sorted([".gitignore", *(f for f in files if f != "dist/a.js")])
+    (tmp_path / "q").mkdir()
+    (tmp_path / "p").rename(tmp_path / "q" / "p")
+    with pytest.raises(ClientFault, match="root of its folder") as caught:
+        staging.find(tmp_path / "q")
+    assert str(tmp_path / "q" / "p") in caught.value.remedy
+
+
 def test_no_code_is_run(tmp_path: Path) -> None:
     write(tmp_path / "p", *FLAT)
     (tmp_path / "p" / "echo_plugin.py").write_text("raise SystemExit('it ran')")

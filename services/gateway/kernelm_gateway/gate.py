@@ -9,6 +9,8 @@ The kernel sees the gateway as the caller, and learns for whom it calls from the
 believes of services only.
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,6 +28,7 @@ READABLE = tuple(map(method_of, (Jobs.get, Jobs.find, Jobs.get_run, Jobs.follow_
 MANAGEABLE = tuple(map(method_of, (Kernel.state, Kernel.load, Kernel.swap, Kernel.rollback, Kernel.unload, Kernel.scale,
                                    Kernel.set_route, Kernel.start_pool, Kernel.stop_pool, Kernel.list_keys)))  # fmt: skip
 ON_BEHALF = "Kernelm-On-Behalf"
+START_S = 0.2  # between two tries of a stream from a model that is being started
 
 
 class Gate:
@@ -52,8 +55,8 @@ class Gate:
         self.admit(key, method, model)
         tokens, failed = 0, True
         try:
-            reply = await self.bus.call(method, request, model=model, timeout_s=timeout_s or self.settings.call_timeout_s,
-                                        headers={ON_BEHALF: f"key-{key.id}"} if method.contract is Kernel else None)  # fmt: skip
+            reply = await self._patiently(method, request, model, timeout_s or self.settings.call_timeout_s,
+                                          {ON_BEHALF: f"key-{key.id}"} if method.contract is Kernel else None)  # fmt: skip
             tokens, failed = getattr(reply, "tokens", 0), False
         except Fault as fault:
             raise (await self._explain(key, model, fault) if model else fault) from None
@@ -61,14 +64,31 @@ class Gate:
             self.meter.count(key.tenant, model, tokens, failed)
         return own(key, reply)
 
+    async def _patiently(self, method: Method, request: msgspec.Struct, model: str, timeout_s: float,
+                         headers: dict[str, str] | None) -> Any:  # fmt: skip
+        """As `bus.call`; a model that had no instance, and is being started for this call, is waited for."""
+        try:
+            return await self.bus.call(method, request, model=model, timeout_s=timeout_s, headers=headers)
+        except KernelFault as fault:
+            if fault.code != "starting":
+                raise
+        patience_s = min(self.settings.start_wait_s, timeout_s)
+        return await self.bus.call(method, request, model=model, timeout_s=timeout_s, patience_s=patience_s)
+
     async def stream(self, key: Key, method: Method, request: msgspec.Struct, model: str = "") -> AsyncIterator[Any]:
         """The frames of a streamed method."""
         self.admit(key, method, model)
-        failed = True
+        failed, until = True, time.monotonic() + self.settings.start_wait_s
         try:
-            async for frame in self.bus.stream(method, request, model=model, idle_s=self.settings.call_timeout_s):
-                yield own(key, frame)
-            failed = False
+            while failed:
+                try:
+                    async for frame in self.bus.stream(method, request, model=model, idle_s=self.settings.call_timeout_s):
+                        yield own(key, frame)
+                    failed = False
+                except KernelFault as fault:  # "starting", before any frame: it had no instance, and gets one for this call
+                    if fault.code != "starting" or time.monotonic() > until:
+                        raise
+                    await asyncio.sleep(START_S)
         finally:
             self.meter.count(key.tenant, model, failed=failed)
 

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+from msgspec import structs
+
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import Fault
 from kernelm_sdk.system import Empty, Kernel, Manifest, Node, NodeReport, SystemState
@@ -22,10 +24,13 @@ class Cluster:
         return state
 
     async def reports(self, system: SystemState) -> list[NodeReport]:
-        """The report of every ready node that answers; a silent one is logged, and gets no jobs in this round."""
+        """The report of every ready node that answers; a silent one is logged, and gets no jobs in this round. A plugin that came
+        as an artifact and runs is to be had on every node."""
         nodes = [i.id for i in system.instances if i.state == "ready" and "node/1" in i.contracts]
         answers = await asyncio.gather(*(self._report(node) for node in nodes))
-        return [report for report in answers if report is not None]
+        versions = {p.source: p.manifest.version for p in system.plugins}
+        carried = {p.plugin: versions.get(p.source, "") for p in system.pools if p.source and not p.parked}
+        return [structs.replace(report, plugins={**report.plugins, **carried}) for report in answers if report is not None]
 
     async def _report(self, instance: str) -> NodeReport | None:
         try:

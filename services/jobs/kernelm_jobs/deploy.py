@@ -13,7 +13,7 @@ from collections import defaultdict
 
 from msgspec import structs
 
-from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec, ModelDeployed, RollbackDeployment
+from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec, ModelDeployed, ModelScaled, RollbackDeployment
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deployment import (
     Attempt,
@@ -31,6 +31,7 @@ from kernelm_jobs.deployment import (
     swap_of,
     swap_request,
 )
+from kernelm_jobs.holdings import shares_of, size
 from kernelm_jobs.states import HOLDING, advance, failed
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
@@ -76,6 +77,10 @@ class Deployer:
     def changed(self) -> None:
         """Look again at what is awaited."""
         self._changed.set()
+
+    def alone(self, name: str) -> asyncio.Lock:
+        """Held while anything about the deployment `name` changes."""
+        return self._names[name]
 
     async def stop(self) -> None:
         """Leave what is under way as it is: the next life of this service goes on with it."""
@@ -123,13 +128,18 @@ class Deployer:
 
     async def _deploy(self, job: JobRecord, request: DeployRequest) -> None:
         attempt = await self._attempt(job, request)
-        spec = pool_spec(request, attempt.generation, job.node)
+        count = size(shares_of(job))
+        spec = pool_spec(request, attempt.generation, job.node, count, job.spec.resources)
         await self._table.move(job.id, lambda now: advance(_mine(now, job), "accept"))
         await self._follow(job, request.name, await self._swap(job, request, spec, attempt.generation), PENDING)
+        before = self._table.deployments.get(request.name)
+        was = before.replicas if before else 0
         deployment = await self._record(Deployment(request.name, attempt.generation, request.model, spec.pool, request.plugin,
-                                                   job.id, job.spec.run, time.time()))  # fmt: skip
+                                                   job.id, job.spec.run, time.time(), node=job.node, replicas=count))  # fmt: skip
         self._table.publish(ModelDeployed(model=request.name, generation=attempt.generation, artifact=request.model,
                                           pool=spec.pool))  # fmt: skip
+        self._table.publish(ModelScaled(model=request.name, replicas=count, was=was, why=f"generation {attempt.generation}",
+                                        node=job.node, tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
         why = f"answers as {request.name}, generation {attempt.generation}"
         served = await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=result_of(deployment), why=why,
                                                                     progress=Progress(1.0, "serving")))  # fmt: skip
@@ -165,7 +175,7 @@ class Deployer:
                 if fault.code != "conflict":
                     raise
                 await self._table.progress(job.id, job.epoch, Progress(0.0, "waiting", fault.message))
-            await self._look()
+            await self.look()
 
     async def _follow(self, job: JobRecord, name: str, swap: Swap, phases: tuple[str, ...]) -> None:
         """Until the swap is in none of `phases`; PluginFault if it did not come to its aim."""
@@ -173,7 +183,7 @@ class Deployer:
         while swap.phase in phases:
             await self._table.progress(job.id, job.epoch, progress_of(swap, system or await self._cluster.system(math.inf),
                                                                       time.time()))  # fmt: skip
-            await self._look()
+            await self.look()
             system = await self._cluster.system(math.inf)
             found = swap_of(swap.pool, system)
             if found is None:  # over for long: the kernel keeps the last ones only
@@ -187,9 +197,9 @@ class Deployer:
     async def _drained(self, pool: str) -> None:
         """Until what served before `pool` has answered its last call."""
         while (swap := swap_of(pool, await self._cluster.system(math.inf))) is not None and swap.phase == "retiring":
-            await self._look()
+            await self.look()
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
         """Until something has changed, or a second: not every change makes an event."""
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
@@ -234,7 +244,7 @@ class Deployer:
                 await self._bus.call(Kernel.rollback, RollbackRequest(swap.pool, why), timeout_s=10.0, patience_s=PATIENCE_S)
             except ClientFault as fault:  # over by now, or so young that its pool is not there: the next look tells
                 log.info("swap of %s: %s", swap.pool, fault.message)
-            await self._look()
+            await self.look()
 
 
 def _same(now: JobRecord, job: JobRecord) -> bool:

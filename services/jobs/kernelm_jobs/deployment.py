@@ -9,7 +9,7 @@ from kernelm_contracts.jobs import DEPLOY, Deployed, Deployment, DeployRequest, 
 from kernelm_contracts.server import ServedModel
 from kernelm_sdk.contract import token
 from kernelm_sdk.errors import PluginFault
-from kernelm_sdk.system import Bounds, PoolSpec, Progress, Swap, SwapRequest, SystemState
+from kernelm_sdk.system import Bounds, PoolSpec, Progress, Resources, Swap, SwapRequest, SystemState
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 MAX_NAME = 40  # characters; generation and digest follow it in the pool's name, which has 63
@@ -51,6 +51,13 @@ def check(request: DeployRequest) -> None:
         raise ValueError(f"`model` {request.model!r} is no digest (sha256:<64 hex digits>)")
     if request.instances < 1:
         raise ValueError(f"`instances` is {request.instances}, and must be at least 1")
+    if request.maximum and not 1 <= request.instances <= request.maximum:
+        raise ValueError(f"`maximum` is {request.maximum}, and must be at least `instances`, {request.instances}, or 0 for always "
+                         "as many")  # fmt: skip
+    if not 0 <= request.minimum <= (request.maximum or request.minimum):
+        raise ValueError(f"`minimum` is {request.minimum}, and must be 0 to `maximum`, {request.maximum}")
+    if request.objective_ms < 0 or request.idle_s < 0:
+        raise ValueError(f"`objective_ms` {request.objective_ms:g} and `idle_s` {request.idle_s:g} must not be negative")
     if not 0 <= request.canary < 100:
         raise ValueError(f"`canary` is {request.canary}, and must be 1 to 99 percent, or 0 for all calls")
     if request.watch_s < 0 or (request.canary and not request.watch_s):
@@ -68,21 +75,45 @@ def pool_of(request: DeployRequest, generation: int) -> str:
     return f"{request.name}-g{generation}-{request.model.removeprefix('sha256:')[:8]}"
 
 
-def pool_spec(request: DeployRequest, generation: int, node: str) -> PoolSpec:
-    """The pool that serves `request.model` under its name; its instances load the model from their settings."""
+def pool_spec(request: DeployRequest, generation: int, node: str, instances: int, needs: Resources | None = None) -> PoolSpec:
+    """The pool that serves `request.model` under its name; its instances load the model from their settings. `needs`: of one."""
     served = ServedModel(request.name, request.model, generation)
-    return PoolSpec(pool_of(request, generation), request.plugin, request.instances, node=node, runtime="",
-                    settings={"model": msgspec.to_builtins(served)}, models=(request.name,), contracts=False)  # fmt: skip
+    return PoolSpec(pool_of(request, generation), request.plugin, instances, node=node, runtime="",
+                    settings={"model": msgspec.to_builtins(served)}, models=(request.name,), contracts=False,
+                    needs=needs)  # fmt: skip
+
+
+def source_of(plugin: str, system: SystemState) -> str:
+    """The digest of the plugin's files where what runs of it came as an artifact; "" where it is installed. The pool that serves
+    its contracts says which of several versions is meant, else the newest pool does."""
+    running = [p for p in system.pools if p.plugin == plugin and not p.parked]
+    return max(running, key=lambda p: (p.contracts, running.index(p))).source if running else ""
 
 
 def has_ready(pool: str, system: SystemState) -> bool:
     return any(i.pool == pool and i.state == "ready" for i in system.instances)
 
 
-def already_serves(request: DeployRequest, record: Deployment | None, system: SystemState) -> bool:
-    """Whether the model answers under the name already: then to deploy it again is to do nothing."""
-    return (record is not None and (record.artifact, record.plugin) == (request.model, request.plugin)
-            and has_ready(record.pool, system))  # fmt: skip
+def instances_for(request: DeployRequest, current: Deployment | None) -> int:
+    """How many instances a new version begins with: where they follow the load, as many as the one before has now."""
+    if not request.maximum or current is None:
+        return request.instances
+    return min(max(request.instances, current.replicas), max(request.maximum, request.minimum))
+
+
+def scaling_of(request: DeployRequest) -> tuple[float, ...]:
+    """How the number of instances follows the load; without a maximum it is fixed."""
+    if not request.maximum:
+        return (request.instances,)
+    return request.minimum, request.maximum, request.objective_ms, request.idle_s
+
+
+def already_serves(request: DeployRequest, record: Deployment | None, before: DeployRequest | None, system: SystemState) -> bool:
+    """Whether the model answers under the name already, scaled in the same way (`before`: what was asked for then): then to
+    deploy it again is to do nothing."""
+    if record is None or before is None or (record.artifact, record.plugin) != (request.model, request.plugin):
+        return False
+    return scaling_of(request) == scaling_of(before) and (has_ready(record.pool, system) or record.replicas == 0)
 
 
 def outdated_pools(current: Deployment, system: SystemState) -> list[str]:
@@ -105,6 +136,7 @@ def swap_request(request: DeployRequest, spec: PoolSpec, generation: int, job: s
                    if d.pool in serving and d.pool != spec.pool), "")  # fmt: skip
     bounds = Bounds(request.watch_s if before else 0.0, request.error_rate, request.latency_ratio, request.latency_ms,
                     request.min_calls, ready_s)  # fmt: skip
+    spec = msgspec.structs.replace(spec, source=source_of(request.plugin, system))
     return SwapRequest(spec, (request.name,), before, generation, request.model, request.canary if before else 0, bounds,
                        request.why or f"deployed by {job}")  # fmt: skip
 

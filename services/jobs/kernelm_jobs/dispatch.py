@@ -15,20 +15,23 @@ import msgspec
 from msgspec import structs
 
 from kernelm_contracts.jobs import JobRecord
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, PendingJob
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, PendingJob, Share
 from kernelm_jobs.asking import Asking
 from kernelm_jobs.checks import check
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
 from kernelm_jobs.deployment import is_replica
-from kernelm_jobs.rounds import Worker, choose, cluster_state, deadlock, fits, left, pending_job, took, workers
+from kernelm_jobs.holdings import holdings, instances_of, shares_of, size, times
+from kernelm_jobs.moving import called_off, growth, moved, retargeted
+from kernelm_jobs.rounds import Worker, choose_all, cluster_state, deadlock, fits, left, loaded_models, pending_job, took, workers
 from kernelm_jobs.runs import content_key, method_named
+from kernelm_jobs.scaling import Scaling
 from kernelm_jobs.settings import Settings
 from kernelm_jobs.states import FINAL, HOLDING, advance, failed, latest_checkpoint
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault
-from kernelm_sdk.system import CancelJob, Dispatch, Lifecycle
+from kernelm_sdk.system import CancelJob, Dispatch, Lifecycle, Resources
 
 log = logging.getLogger("kernelm.jobs")
 AGAIN_S = 1.0  # until the next round after one that failed
@@ -41,8 +44,10 @@ Change = Callable[[JobRecord], JobRecord]
 class Dispatcher:
     """Turns queued jobs into running ones."""
 
-    def __init__(self, bus: Bus, table: Table, cluster: Cluster, deployer: Deployer, settings: Settings) -> None:
+    def __init__(self, bus: Bus, table: Table, cluster: Cluster, deployer: Deployer, scaling: Scaling, settings: Settings) -> None:
         self._bus, self._table, self._cluster, self._deployer, self._settings = bus, table, cluster, deployer, settings
+        self._scaling = scaling
+        scaling.wake = self.wake
         self.condemned: set[str] = set()  # instances that hang and are being stopped: no more jobs for them
         self._wake = asyncio.Event()
         self._asking = Asking(bus, f"{bus.user}-{bus.boot}")
@@ -107,7 +112,7 @@ class Dispatcher:
         until = {job.id: self._held.get(job.id, (0.0, 0))[0] - now for job in queued}
         due = [job for job in queued if until[job.id] <= 0]
         pause = min((s for s in until.values() if s > 0), default=None)
-        if due:
+        if due or self._scaling.scaled or any(job.state == "running" for job in self._table.jobs.values()):
             try:
                 pause = min(await self._schedule(due), pause or HOLD_MAX_S)
             except Fault as fault:
@@ -133,9 +138,12 @@ class Dispatcher:
         jobs = list(self._table.jobs.values())
         ready = workers(system, jobs, {name: m.max_jobs for name, m in manifests.items()}, self.condemned)
         installed = {name: m.contracts for name, m in manifests.items()}
-        pending = [*(pending_job(job, system, installed) for job in queued), *planned]
-        settings = self._settings
-        return cluster_state(0, time.time(), jobs, pending, reports, ready, settings.quotas, settings.tenants), ready
+        deployments = {d.name: d for d in self._table.deployments.values()}
+        pending = [*(pending_job(job, system, installed, deployments) for job in queued), *planned]
+        held, models, settings = holdings(jobs, deployments, system), self._scaling.states(), self._settings
+        state = cluster_state(0, time.time(), held, pending, reports, ready, settings.quotas, settings.tenants, models=models,
+                              loaded=loaded_models(system))  # fmt: skip
+        return state, ready
 
     async def _nobody(self, queued: list[JobRecord], why: str) -> float:
         await self._table.explain({job.id: why for job in queued})
@@ -151,9 +159,12 @@ class Dispatcher:
         jobs = {job.id: job for job in self._table.jobs.values()}
         writes: dict[str, Change] = {}
         for decision in checked.accepted:
+            if decision.action == "scale":
+                await self._scaling.scale(room.scale(decision, state))
+                continue
             job = jobs[decision.job]
             if decision.action == "place":
-                if not room.take(decision, job):
+                if not room.take(shares_in(decision), job.spec.resources):
                     reasons[job.id] = "waits: others make room for it"
                     continue
                 placement, ready = self._placement(job, decision, ready)
@@ -163,6 +174,12 @@ class Dispatcher:
                     writes[job.id] = placement
             elif decision.action == "preempt":
                 writes[job.id] = _told_to_stop(decision.reason)
+            elif decision.action in ("migrate", "resize"):
+                change, heir = retargeted(job, decision, ready)
+                if isinstance(change, str):
+                    log.error("a decision on %s is not carried out: %s", job.id, change)
+                elif room.take(growth(job, decision), job.spec.resources):
+                    writes[job.id], ready = change, took(ready, heir) if heir != job.instance else ready
             elif decision.action == "reject":
                 await self._reject(job, decision.reason)
             elif job.spec.parent and (never := deadlock(job, jobs, state.nodes)):
@@ -171,7 +188,7 @@ class Dispatcher:
                 reasons[job.id] = decision.reason
         await self._commit(jobs, writes)
         await self._table.explain(reasons)
-        return AGAIN_S if checked.refused else HOLD_MAX_S  # nodes change without an event: look again now and then
+        return AGAIN_S if checked.refused else self._settings.round_every_s  # nodes change without an event
 
     async def _commit(self, jobs: dict[str, JobRecord], writes: dict[str, Change]) -> None:
         for id, after in (await self._table.move_all(writes)).items():
@@ -189,20 +206,23 @@ class Dispatcher:
 
     def _placement(self, job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> tuple[Change | str, Sequence[Worker]]:
         """The change that puts a placement on record, or why there is none; and the workers that are left."""
-        instance, key = "", job.key
+        gang, key = ("",), job.key
         if not is_replica(job):
-            worker = choose(decision, job.spec.uses.rpartition(".")[0], ready)
-            if worker is None:
-                return f"waits: no instance of {decision.plugin} on {decision.node} does {job.spec.uses}", ready
-            instance = worker.instance
-            key = content_key(job.spec.uses, worker.plugin, worker.version, job.spec.request)  # of what really does it
-            ready = took(ready, instance)
+            crew = choose_all(decision, job.spec, ready)
+            if not crew:
+                return f"waits: {decision.plugin} on {decision.node} has fewer than {job.spec.gang} free instances that do " \
+                       f"{job.spec.uses}", ready  # fmt: skip
+            gang = tuple(worker.instance for worker in crew)
+            key = content_key(job.spec.uses, crew[0].plugin, crew[0].version, job.spec.request)  # of what really does it
+            for instance in gang:
+                ready = took(ready, instance)
         checkpoint = job.checkpoint or latest_checkpoint(key, self._table.jobs.values())
 
         def place(now: JobRecord) -> JobRecord:
             if now.state != "queued" or now.epoch != job.epoch:
                 return now
-            return advance(now, "place", node=decision.node, instance=instance, key=key, epoch=now.epoch + 1,
+            return advance(now, "place", node=decision.node, allocation=decision.allocation, instance=gang[0], key=key,
+                           gang=gang if len(gang) > 1 else (), epoch=now.epoch + 1,
                            checkpoint=now.checkpoint or checkpoint, why=decision.reason)  # fmt: skip
 
         return place, ready
@@ -210,29 +230,36 @@ class Dispatcher:
     # ---- making room ----
 
     async def make_room(self, job: JobRecord) -> None:
-        """Stop a job that was told to make room: it is queued again, goes on from its last checkpoint, and no attempt counts."""
+        """Stop a job that was told to make room, now that it has a checkpoint: it is queued again, or goes on as was decided."""
 
         def change(now: JobRecord) -> JobRecord:
             if not _same(now, job) or not now.stopping:
                 return now
+            if now.target:
+                return moved(now)
             return advance(now, "preempt", node="", instance="", preemptions=now.preemptions + 1, why=f"waits: {now.why}")
 
         after = await self._table.move(job.id, change)
-        if after.state == "queued" and after.preemptions == job.preemptions + 1 and job.instance:
+        if after.state == "placed" and after.epoch == job.epoch + 1:
+            if after.instance != job.instance:  # else it is told by the new epoch
+                await self.tell(job, after.why)
+            self.spawn(self._hand_over(after))
+        elif after.state == "queued" and after.preemptions == job.preemptions + 1 and job.instance:
             await self.tell(job, after.why)
 
     async def _patience(self, job: JobRecord) -> None:
         """Stop the job without a checkpoint if it makes none in time; `Reports` does when it makes one."""
         await asyncio.sleep(max(job.stopping + self._settings.preempt_after_s - time.time(), 0.0))
-        await self.make_room(job)
+        if job.target:
+            await self._table.move(job.id, lambda now: called_off(now) if _same(now, job) else now)
+        else:
+            await self.make_room(job)
 
     # ---- handing over ----
 
     async def _hand_over(self, job: JobRecord) -> None:
         """Call the instance with the job. An answer that is lost is asked for again: the epoch makes it the same call."""
-        spec = job.spec
-        work = Dispatch(job.id, job.epoch, job.attempt + 1, msgspec.Raw(msgspec.json.encode(spec.request)), job.checkpoint,
-                        spec.run, spec.name)  # fmt: skip
+        spec, work = job.spec, _work(job)
         while _same(self._table.jobs.get(job.id), job):
             try:
                 await self._bus.dispatch(method_named(spec.uses), work, job.instance)
@@ -249,6 +276,16 @@ class Dispatcher:
             await self._table.move(job.id, lambda now: advance(now, "accept") if _unanswered(now, job) else now)
             return
 
+    async def muster(self, job: JobRecord) -> None:
+        """Hand the job to the others of its gang, now that rank 0 can be met; who does not take it fails it for all."""
+        for rank, instance in enumerate(job.gang[1:], 1):
+            try:
+                await self._bus.dispatch(method_named(job.spec.uses), _work(job, rank), instance)
+            except Fault as fault:
+                await self.fail(job, FaultBody("kernel", "lost", f"rank {rank} ({instance}) did not take it: {fault.message}",
+                                               "it is tried again", retriable=True))  # fmt: skip
+                return
+
     async def _decline(self, job: JobRecord, fault: Fault) -> None:
         self.hold(job.id)
         why = f"waits: {job.instance} did not take it: {fault.message}"
@@ -259,6 +296,12 @@ class Dispatcher:
         """End this attempt of the job, if it is still under way: it is queued again, or dead."""
         self.hold(job.id)
         await self._table.move(job.id, lambda now: failed(now, fault, why) if _same(now, job) else now)
+        self.dissolve(job, why or fault.message)
+
+    def dissolve(self, job: JobRecord, why: str) -> None:
+        """Tell the instances of a gang that it is over, in the background."""
+        if job.gang:
+            self.spawn(self.tell(job, why))
 
     # ---- cancelling ----
 
@@ -286,11 +329,20 @@ class Dispatcher:
                 await self.cancel(child.id, why)
 
     async def tell(self, job: JobRecord, why: str) -> None:
-        """Tell the instance that the job is not wanted any more; if it does not hear, its next report is refused."""
-        try:
-            await self._bus.call(Lifecycle.cancel, CancelJob(job.id, job.epoch, why), instance=job.instance, timeout_s=10.0)
-        except Fault as fault:
-            log.warning("%s was not told that %s is cancelled: %s", job.instance, job.id, fault.message)
+        """Tell its instances that the job is not wanted any more; who does not hear has its next report refused."""
+        for instance in instances_of(job):
+            try:
+                await self._bus.call(Lifecycle.cancel, CancelJob(job.id, job.epoch, why), instance=instance, timeout_s=10.0)
+            except Fault as fault:
+                log.warning("%s was not told that %s is cancelled: %s", instance, job.id, fault.message)
+
+
+def _work(job: JobRecord, rank: int = 0) -> Dispatch:
+    """What an instance is handed."""
+    spec = job.spec
+    mine = 1 if job.gang else size(shares_of(job))
+    return Dispatch(job.id, job.epoch, job.attempt + 1, msgspec.Raw(msgspec.json.encode(spec.request)), job.checkpoint, spec.run,
+                    spec.name, times(spec.resources, mine), rank, job.gang, job.meeting)  # fmt: skip
 
 
 def _same(now: JobRecord | None, job: JobRecord) -> bool:
@@ -316,9 +368,27 @@ class _Free:
     def __init__(self, state: ClusterState) -> None:
         self._free = {node.name: node.free for node in state.nodes}
 
-    def take(self, decision: Decision, job: JobRecord) -> bool:
-        """Whether the job fits; then it is taken."""
-        if not fits(job.spec.resources, self._free[decision.node]):
+    def take(self, shares: Sequence[Share], request: Resources) -> bool:
+        """Whether all members fit; then they are taken."""
+        if not all(fits(times(request, share.members), self._free[share.node]) for share in shares):
             return False
-        self._free[decision.node] = left(self._free[decision.node], [job.spec.resources])
+        for share in shares:
+            self._free[share.node] = left(self._free[share.node], [times(request, share.members)])
         return True
+
+    def scale(self, decision: Decision, state: ClusterState) -> Decision:
+        """The decision with as many further replicas as there is room for now."""
+        model = next(m for m in state.models if m.name == decision.job)
+        has = {share.node: share.members for share in model.allocation}
+        shares = []
+        for share in decision.allocation:
+            count = min(share.members, has.get(share.node, 0))
+            while count < share.members and self.take((structs.replace(share, members=1),), model.request):
+                count += 1
+            shares.append(structs.replace(share, members=count))
+        return structs.replace(decision, allocation=tuple(share for share in shares if share.members))
+
+
+def shares_in(decision: Decision) -> tuple[Share, ...]:
+    """Where the decision puts the members of its job."""
+    return decision.allocation or (Share(decision.node),)

@@ -10,7 +10,7 @@ import msgspec
 
 from kernelm_contracts.jobs import DEPLOY, DeployRequest, JobRecord, JobSpec
 from kernelm_jobs.cluster import Cluster
-from kernelm_jobs.deployment import already_serves, check, result_of
+from kernelm_jobs.deployment import already_serves, check, request_of, result_of
 from kernelm_jobs.rounds import plugins_for, version_of
 from kernelm_jobs.runs import check_resources, content_key, digests_in, normalized, signature
 from kernelm_jobs.states import FINAL, step
@@ -68,6 +68,9 @@ class Intake:
         check_resources(spec.resources, f"job {spec.name!r}")
         if spec.attempts < 1:
             raise ClientFault("invalid", f"job {spec.name!r}: `attempts` is {spec.attempts}, and must be at least 1")
+        if min(spec.most, spec.gang) < 1 or (spec.gang > 1 and (spec.most > 1 or spec.uses == DEPLOY)):
+            raise ClientFault("invalid", f"job {spec.name!r}: `most` is {spec.most} and `gang` {spec.gang}",
+                              "both are at least 1; a gang does not grow, and a deployment has `instances`")  # fmt: skip
         try:
             request = normalized(spec.request, signature(spec.uses)[0])
             if spec.uses == DEPLOY:
@@ -105,7 +108,8 @@ class Intake:
     def _served(self, spec: JobSpec, system: SystemState) -> tuple[dict[str, Any], str] | None:
         request = msgspec.convert(spec.request, DeployRequest)
         deployment = self._table.deployments.get(request.name)
-        if deployment is None or not already_serves(request, deployment, system):
+        job = self._table.jobs.get(deployment.job) if deployment else None
+        if deployment is None or not already_serves(request, deployment, request_of(job) if job else None, system):
             return None
         return result_of(deployment), f"{request.name} serves this model already, as generation {deployment.generation}"
 

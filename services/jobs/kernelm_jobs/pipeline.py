@@ -179,4 +179,5 @@ class Pipelines:
 def spec_of(run: RunSpec, stage: StageSpec) -> JobSpec:
     """The job of a stage, with its references to other stages as they are."""
     return JobSpec(stage.name, stage.uses, stage.with_, stage.resources, stage.plugin, run.tenant, run.priority, stage.attempts,
-                   preemptible=stage.preemptible, deadline=stage.deadline, estimate_s=stage.estimate_s)  # fmt: skip
+                   preemptible=stage.preemptible, deadline=stage.deadline, estimate_s=stage.estimate_s,
+                   most=stage.most, gang=stage.gang)  # fmt: skip

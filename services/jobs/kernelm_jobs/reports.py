@@ -7,6 +7,8 @@ import msgspec
 
 from kernelm_contracts.jobs import JobRecord
 from kernelm_jobs.dispatch import Dispatcher
+from kernelm_jobs.elastic import LEAST_S, is_elastic
+from kernelm_jobs.holdings import instances_of, shares_of, size
 from kernelm_jobs.intake import Intake
 from kernelm_jobs.runs import normalized, signature
 from kernelm_jobs.states import HOLDING, advance, failed
@@ -23,11 +25,14 @@ class Reports:
     def __init__(self, table: Table, intake: Intake, dispatcher: Dispatcher) -> None:
         self._table, self._intake, self._dispatcher = table, intake, dispatcher
         self._checkpoints: dict[str, tuple[int, list[str]]] = {}  # job -> epoch, its checkpoints in their order
+        self._paces: dict[str, tuple[int, float, float]] = {}  # elastic job -> epoch, since when it is measured, the part done then
+        self._rates: dict[str, float] = {}  # elastic job -> part of its work per second, since then
         table.listeners.append(self._changed)
 
     def _changed(self, job: JobRecord) -> None:
         if job.state not in HOLDING:
-            self._checkpoints.pop(job.id, None)
+            for known in (self._checkpoints, self._paces, self._rates):
+                known.pop(job.id, None)  # type: ignore[attr-defined]
 
     async def report(self, report: Report, caller: str) -> None:
         """Write one report; ClientFault "stale_epoch", with nothing changed, if the caller does not hold the job now."""
@@ -37,24 +42,51 @@ class Reports:
                 await self._intake.keep(job)
             return
         self._fence(job, report, caller)
+        if caller != job.instance:
+            await self._of_follower(job, report, caller)
+            return
         if job.state == "placed":
             job = await self._table.move(job.id, lambda now: advance(self._fence(now, report, caller), "accept"))
         if report.progress is not None:
+            self._measure(job, report.progress)
             await self._table.progress(job.id, report.epoch, report.progress)
+        if report.address and job.gang:
+            job = await self._table.move(job.id, lambda now: msgspec.structs.replace(
+                self._fence(now, report, caller), meeting=report.address))  # fmt: skip
+            self._dispatcher.spawn(self._dispatcher.muster(job))
         if report.checkpoint:
             await self._checkpoint(report, caller)
         if report.fault is not None:
             fault = report.fault
             self._dispatcher.hold(job.id)
             await self._table.move(job.id, lambda now: failed(self._fence(now, report, caller), fault))
+            self._dispatcher.dissolve(job, fault.message)
         elif report.result is not None:
             await self._result(job, report, caller)
 
     def _fence(self, now: JobRecord, report: Report, caller: str) -> JobRecord:
-        if now.epoch == report.epoch and now.state in HOLDING and now.instance == caller:
+        if now.epoch == report.epoch and now.state in HOLDING and caller in instances_of(now):
             return now
         raise ClientFault("stale_epoch", f"job {now.id} is {now.state} at epoch {now.epoch} of {now.instance or 'nobody'}; "
                           f"{caller} reports for epoch {report.epoch}", "stop working on it")  # fmt: skip
+
+    async def _of_follower(self, job: JobRecord, report: Report, caller: str) -> None:
+        """Of a gang rank 0 speaks; the others are heard only when they fail, and then it has failed for all."""
+        if report.fault is not None:
+            message = f"rank {job.gang.index(caller)} ({caller}): {report.fault.message}"
+            fault = msgspec.structs.replace(report.fault, message=message)
+            await self._dispatcher.fail(job, fault)
+
+    def _measure(self, job: JobRecord, progress: Progress) -> None:
+        """Note how fast an elastic job gets on with what it has now."""
+        if is_elastic(job):
+            now, part = time.monotonic(), progress.fraction
+            epoch, begun, first = self._paces.get(job.id, (0, now, part))
+            if epoch != job.epoch:
+                begun, first = now, part
+            self._paces[job.id] = job.epoch, begun, first
+            if now - begun >= LEAST_S and part > first:
+                self._rates[job.id] = (part - first) / (now - begun)
 
     def _repeated(self, now: JobRecord, report: Report, caller: str) -> bool:
         """Whether this is the last report again, whose answer was lost: then it is answered as before."""
@@ -73,7 +105,9 @@ class Reports:
             if report.checkpoint in (now.checkpoint, *earlier):  # told again, perhaps late: it must not bring back an older one
                 return now
             self._checkpoints[now.id] = now.epoch, [*earlier, report.checkpoint]
-            return msgspec.structs.replace(now, checkpoint=report.checkpoint, checkpointed=time.time())
+            rate = self._rates.pop(now.id, 0.0)
+            rates = now.rates | {str(size(shares_of(now))): rate} if rate else now.rates
+            return msgspec.structs.replace(now, checkpoint=report.checkpoint, checkpointed=time.time(), rates=rates)
 
         job = await self._table.move(report.job, change)
         if job.stopping and report.result is None and job.checkpoint == report.checkpoint:
@@ -94,6 +128,7 @@ class Reports:
             fault = PluginFault("too_large", f"result of {job.spec.uses} from {caller}: {refusal.message}", refusal.remedy)
         else:
             await self._intake.keep(done)
+            self._dispatcher.dissolve(job, "rank 0 is done")
             return
         await self._dispatcher.fail(job, fault.body())
         raise ClientFault(fault.code, fault.message, fault.remedy)

@@ -29,6 +29,7 @@ from kernelm_jobs.intake import Intake
 from kernelm_jobs.outlook import Outlooks
 from kernelm_jobs.pipeline import Pipelines
 from kernelm_jobs.reports import Reports
+from kernelm_jobs.scaling import Scaling
 from kernelm_jobs.settings import read_settings
 from kernelm_jobs.states import FINAL
 from kernelm_jobs.table import Table
@@ -51,7 +52,9 @@ class JobsService:
         self.table = Table(bus)
         self.cluster = Cluster(bus)
         self.deployer = Deployer(bus, self.table, self.cluster, settings.deploy_s)
-        self.dispatcher = Dispatcher(bus, self.table, self.cluster, self.deployer, settings)
+        self.scaling = Scaling(bus, self.table, self.cluster, self.deployer, settings)
+        self.absent = self.scaling.absent  # calls of models that have no instance are routed here
+        self.dispatcher = Dispatcher(bus, self.table, self.cluster, self.deployer, self.scaling, settings)
         self.outlooks = Outlooks(bus, self.table, self.cluster, self.dispatcher)
         self.intake = Intake(bus, self.table, self.cluster)
         self.pipelines = Pipelines(self.table, self.intake, self.dispatcher)
@@ -68,11 +71,13 @@ class JobsService:
         await self._bus.follow(self._swap_event, "evt.swap.phase.*")
         self._bus.reconnected.append(self._reconnected)
         await self.deployer.recover()
+        self.scaling.recover()
         self.dispatcher.recover()
         self.pipelines.recover()
         for job in self.table.jobs.values():
             self._orphans(job)
-        loops = (self.table.run, self.dispatcher.run, self.pipelines.run, self.watch.run, self._cancel_orphans)
+        loops = (self.table.run, self.dispatcher.run, self.pipelines.run, self.watch.run, self.scaling.run,
+                 self._cancel_orphans)
         self._tasks = [asyncio.create_task(_for_ever(loop)) for loop in loops]
 
     async def on_stop(self) -> None:
@@ -82,6 +87,7 @@ class JobsService:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self.dispatcher.stop()
+        await self.scaling.stop()
         await self.deployer.stop()
         await self.table.flush(5.0)
         publisher.cancel()

@@ -29,6 +29,7 @@ TRANSITIONS: dict[tuple[str, str], JobState] = {
     ("running", "supersede"): "done",   # another replica has taken over the name
     ("placed", "preempt"): "queued",    # it made room for another job: no attempt is counted
     ("running", "preempt"): "queued",
+    ("running", "move"): "placed",      # at a checkpoint, to what was decided: a new epoch, more or fewer cores, or elsewhere
     ("placed", "cancel"): "cancelled",
     ("running", "cancel"): "cancelled",
 }  # fmt: skip
@@ -53,8 +54,11 @@ def advance(record: JobRecord, happening: str, **changes: Any) -> JobRecord:
         changes["started"] = time.time()
     if state in FINAL:
         changes["finished"] = time.time()
-    if record.state in HOLDING and state not in HOLDING:
-        changes["stopping"] = 0.0
+    if record.state == "running" and state != "running":
+        members = sum(share.members for share in record.allocation) or 1
+        changes["served_s"] = record.served_s + members * max(time.time() - record.started, 0.0)
+    if record.state in HOLDING and (state not in HOLDING or happening == "move"):
+        changes |= {"stopping": 0.0, "target": (), "heir": "", "meeting": ""}
     return structs.replace(record, state=state, **changes)
 
 

@@ -15,6 +15,7 @@ import msgspec
 
 from kernelm_contracts.jobs import Deployment, JobChanged, JobProgress, JobRecord, RunRecord
 from kernelm_jobs.deployment import Attempt
+from kernelm_jobs.holdings import shares_of, size
 from kernelm_jobs.states import FINAL, HOLDING
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
@@ -225,7 +226,9 @@ class Table:
 
     def _post(self, job: JobRecord) -> None:
         spec = job.spec
-        self._outbox.put_nowait(JobChanged(job=job.id, name=spec.name, run=spec.run, state=job.state, epoch=job.epoch, why=job.why))
+        cpu = spec.resources.cpu * size(shares_of(job)) if job.state in HOLDING else 0.0
+        self._outbox.put_nowait(JobChanged(job=job.id, name=spec.name, run=spec.run, state=job.state, epoch=job.epoch, why=job.why,
+                                           tenant=spec.tenant, node=job.node, cpu=cpu, uses=spec.uses))  # fmt: skip
 
     def _tell(self, job: JobRecord) -> None:
         for listener in self.listeners:

@@ -11,6 +11,7 @@ import time
 from kernelm_contracts.jobs import JobRecord
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.dispatch import Dispatcher
+from kernelm_jobs.holdings import GONE, instances_of
 from kernelm_jobs.settings import Settings
 from kernelm_jobs.states import HOLDING
 from kernelm_jobs.table import Table
@@ -19,7 +20,6 @@ from kernelm_sdk.errors import Fault, FaultBody
 from kernelm_sdk.system import Empty, InstanceChanged, InstanceName, Lifecycle, Node, Probe, SystemState
 
 log = logging.getLogger("kernelm.jobs")
-GONE = ("exited", "lost")
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
     async def instance_changed(self, event: InstanceChanged) -> None:
         """The kernel's word that an instance is gone, at once."""
         for job in self._held():
-            if event.state in GONE and job.instance == event.instance:
+            if event.state in GONE and event.instance in instances_of(job):
                 await self._lost(job, f"{event.instance} {event.state}{': ' * bool(event.reason)}{event.reason}")
 
     def _held(self) -> list[JobRecord]:
@@ -66,6 +66,9 @@ class Watch:
 
     async def _judge(self, job: JobRecord, system: SystemState, probes: dict[str, tuple[str, ...]]) -> None:
         instance = next((i for i in system.instances if i.id == job.instance), None)
+        for follower in [i for i in system.instances if i.id in job.gang[1:] and i.state in GONE]:
+            await self._lost(job, f"{follower.id} {follower.state}: {follower.reason}")
+            return
         if instance is not None and instance.state in GONE:
             await self._lost(job, f"{instance.id} {instance.state}{': ' * bool(instance.reason)}{instance.reason}")
             return

@@ -20,7 +20,7 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Call, Job, Manifest, Plugin
 from kernelm_sdk.system import PoolSpec
 
-SETTINGS = "watch_every_s = 0.2\nprobe_every_s = 0.4\ndeploy_s = 10.0\n"
+SETTINGS = "watch_every_s = 0.2\nprobe_every_s = 0.4\ndeploy_s = 10.0\nround_every_s = 0.5\n"
 Act = Callable[[TrainRequest, Job], Awaitable[Trained]]
 
 
@@ -101,6 +101,10 @@ class Kit:
 
     async def pools(self, *names: str) -> None:
         await asyncio.gather(*(self.system.pool(PoolSpec(name, name)) for name in names))
+
+    @staticmethod
+    def pool(name: str, plugin: str, **more: Any) -> PoolSpec:
+        return PoolSpec(name, plugin, **more)
 
     async def submit(self, *stages: dict[str, Any], name: str = "news") -> RunRecord:
         spec = {"name": name, "stage": [{"name": s["uses"].rpartition(".")[2]} | s for s in stages]}

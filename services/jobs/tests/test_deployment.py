@@ -17,6 +17,7 @@ from kernelm_jobs.deployment import (
     pool_spec,
     progress_of,
     raise_if_over,
+    source_of,
     swap_request,
 )
 from kernelm_sdk.errors import PluginFault
@@ -24,7 +25,7 @@ from kernelm_sdk.system import Bounds, Destination, Instance, PoolSpec, Route, S
 
 MODEL, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 SERVING = "news-g1-aaaaaaaa"
-MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local")
+MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local", 1)
 SERVER = Instance("e-2", "encoder", "1", SERVING, "local", "ready", ("server/1",))
 SYSTEM = SystemState((SERVER,), (PoolSpec("encoder", "encoder"), MODEL_POOL), (), 1)
 
@@ -32,13 +33,17 @@ SYSTEM = SystemState((SERVER,), (PoolSpec("encoder", "encoder"), MODEL_POOL), ()
 def test_deployments() -> None:
     record = Deployment("news", 1, MODEL, SERVING, "encoder", "j")
     assert MODEL_POOL.settings == {"model": {"name": "news", "artifact": MODEL, "generation": 1}}
-    assert already_serves(DeployRequest("news", MODEL), record, SYSTEM)
-    assert not already_serves(DeployRequest("news", OTHER), record, SYSTEM)
-    assert not already_serves(DeployRequest("news", MODEL), record, msgspec.structs.replace(SYSTEM, instances=()))
+    asked = DeployRequest("news", MODEL)
+    assert already_serves(asked, record, asked, SYSTEM)
+    assert not already_serves(msgspec.structs.replace(asked, maximum=2), record, asked, SYSTEM)  # scaled in another way
+    assert not already_serves(DeployRequest("news", OTHER), record, asked, SYSTEM)
+    empty = msgspec.structs.replace(SYSTEM, instances=())
+    assert not already_serves(asked, record, asked, empty)
+    assert already_serves(asked, msgspec.structs.replace(record, replicas=0), asked, empty)  # it has none until a call comes
     assert outdated_pools(record, SYSTEM) == []
     assert outdated_pools(Deployment("news", 2, OTHER, "news-g2-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
     assert outdated_pools(Deployment("news", 1, OTHER, "news-g1-bbbbbbbb", "encoder", "j"), SYSTEM) == [SERVING]
-    starting = msgspec.structs.replace(SYSTEM, pools=(*SYSTEM.pools, pool_spec(DeployRequest("news", OTHER), 2, "local")))
+    starting = msgspec.structs.replace(SYSTEM, pools=(*SYSTEM.pools, pool_spec(DeployRequest("news", OTHER), 2, "local", 1)))
     assert outdated_pools(record, starting) == []  # the next generation is none of the current one's business
 
 
@@ -52,9 +57,19 @@ def test_a_generation_is_never_given_out_twice() -> None:
     assert pool_of(DeployRequest("news", OTHER), 7).startswith("news-g7-")
 
 
+def test_a_plugin_that_came_as_an_artifact_brings_its_files_along() -> None:
+    loaded, older = PoolSpec("mine", "mine", source=OTHER), PoolSpec("chat-g1-x", "mine", source=MODEL, contracts=False)
+    system = msgspec.structs.replace(SYSTEM, pools=(*SYSTEM.pools, loaded, older))
+    assert [source_of(name, system) for name in ("mine", "encoder", "absent")] == [OTHER, "", ""]
+    parked = msgspec.structs.replace(system, pools=(msgspec.structs.replace(loaded, parked=True), older))
+    assert source_of("mine", parked) == MODEL
+    request = DeployRequest("chat", MODEL, plugin="mine")
+    assert swap_request(request, pool_spec(request, 2, "local", 1), 2, "j", 5.0, system).to.source == OTHER
+
+
 def test_what_the_kernel_is_asked_for() -> None:
     careful = DeployRequest("news", OTHER, canary=5, watch_s=10.0, error_rate=0.02)
-    spec = pool_spec(careful, 2, "local")
+    spec = pool_spec(careful, 2, "local", 1)
     first = swap_request(careful, spec, 2, "j", 60.0, SystemState((), (), (), 1))
     assert (first.before, first.canary, first.bounds.watch_s) == ("", 0, 0.0)  # nothing to share with, nor to go back to
     routes = (Route("news", "model", (Destination(SERVING, 100),), 1), Route("news", "svc", (Destination("data", 100),), 1))

@@ -3,11 +3,12 @@
 import msgspec
 import pytest
 
-from kernelm_contracts.jobs import DeployRequest, JobRecord, JobSpec
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, NodeState, PendingJob, PlacedJob
+from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec
+from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, ModelState, NodeState, PendingJob, PlacedJob, Share
 from kernelm_jobs.checks import check
 from kernelm_jobs.deployment import pool_spec
-from kernelm_jobs.rounds import choose, cluster_state, deadlock, pending_job, plugins_for, workers
+from kernelm_jobs.holdings import holdings
+from kernelm_jobs.rounds import choose, cluster_state, deadlock, loaded_models, pending_job, plugins_for, workers
 from kernelm_sdk.system import Destination, Instance, NodeReport, PoolSpec, Resources, Route, SystemState
 
 
@@ -17,7 +18,7 @@ def instance(id: str, plugin: str = "trainer", state: str = "ready", pool: str =
 
 MODEL, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 SERVING = "news-g1-aaaaaaaa"
-MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local")
+MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local", 1)
 SYSTEM = SystemState(
     (instance("t-1"), instance("t-2"), instance("t-3", state="draining"), instance("e-1", "encoder", contract="server/1"),
      instance("e-2", "encoder", pool=SERVING, contract="server/1"), instance("x-1", "other", pool="other")),
@@ -40,12 +41,39 @@ def test_the_scheduler_sees_what_jobs_left() -> None:
     assert {w.instance: w.free for w in ready} == {"t-1": 0, "t-2": 1, "e-1": 2, "x-1": 1}  # no draining one, none that serves
     assert {w.instance for w in workers(SYSTEM, jobs, {}, {"t-2"})} == {"t-1", "e-1", "x-1"}
     pending = [pending_job(j, SYSTEM, {}) for j in jobs if j.state == "queued"]
-    state = cluster_state(7, 100.0, jobs, pending, [REPORT], ready, {"default": Resources(9.0, 9)})
-    assert state.nodes == (NodeState("local", Resources(2.0, 8000), Resources(1.5, 7488),
-                                     {"trainer": 1, "encoder": 2, "other": 1, "pool:encoder": 1}),)  # fmt: skip
+    state = cluster_state(7, 100.0, holdings(jobs, {}, SYSTEM), pending, [REPORT], ready, {"default": Resources(9.0, 9)})
+    slots = {"trainer": 1, "encoder": 2, "other": 1, "pool:encoder": 1}
+    assert state.nodes == (NodeState("local", Resources(2.0, 8000), Resources(1.5, 7488), slots),)
     assert [(p.id, p.plugins, p.artifacts) for p in state.pending] == [("a", ("trainer",), ("sha256:" + "d" * 64,)),
                                                                       ("d", ("pool:encoder",), (MODEL,))]  # fmt: skip
     assert [(p.id, p.node) for p in state.placed] == [("b", "local")]
+
+
+def test_the_scheduler_is_told_what_lies_where_as_far_as_it_is_asked_for() -> None:
+    report = msgspec.structs.replace(REPORT, artifacts=(MODEL, OTHER, "sha256:" + "d" * 64))
+    assert loaded_models(SYSTEM) == {"local": (MODEL,)}
+    wanted = pending_job(job("a", request={"base": MODEL, "dataset": "sha256:" + "d" * 64}), SYSTEM, {})
+    state = cluster_state(7, 100.0, [], [wanted], [report], [], {}, loaded=loaded_models(SYSTEM))
+    assert state.nodes[0].artifacts == (MODEL, "sha256:" + "d" * 64)
+    assert state.nodes[0].models == (MODEL,)
+    bare = cluster_state(7, 100.0, [], [], [report], [], {}, loaded=loaded_models(SYSTEM))
+    assert (bare.nodes[0].artifacts, bare.nodes[0].models) == ((), ())
+
+
+def test_what_a_deployment_holds_follows_its_instances() -> None:
+    served = job("d", "running", 0.5, uses="deploy", request={"name": "news", "model": MODEL}, node="local")
+    served = msgspec.structs.replace(served, result={"model": "news", "pool": SERVING})
+    record = Deployment("news", 1, MODEL, SERVING, "encoder", "d", replicas=3, node="local")
+    [held] = holdings([served], {"news": record}, SYSTEM)
+    assert (held.model, held.shares, held.on("local")) == ("news", (Share("local", 3),), Resources(1.5, 1536))
+    [asleep] = holdings([served], {"news": msgspec.structs.replace(record, replicas=0)}, SYSTEM)
+    assert asleep.shares == (Share("local", 1),)  # its instance still ends
+    gone = msgspec.structs.replace(SYSTEM, instances=())
+    [none] = holdings([served], {"news": msgspec.structs.replace(record, replicas=0)}, gone)
+    assert (none.model, none.shares) == ("news", ())
+    model = ModelState("news", replicas=0, maximum=2, plugins=("model:news",))
+    state = cluster_state(7, 100.0, [none], [], [REPORT], [], {}, models=[model])
+    assert (state.placed, state.nodes[0].plugins, state.nodes[0].free) == ((), {"model:news": 2}, Resources(2.0, 8000))
 
 
 def test_the_plugin_is_the_user_s_choice_then_the_route_s() -> None:

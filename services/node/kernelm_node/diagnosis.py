@@ -73,6 +73,13 @@ def _missing_module(found: re.Match[str]) -> str:
     return f"Python module {module!r} is missing: pip install {name}"
 
 
+def _missing_package(found: re.Match[str]) -> str:
+    name = found[1]
+    if name.startswith(("/", ".")):
+        return f"Node.js module {name} is missing: correct `command`, or put the file among the plugin's"
+    return f"npm package {name!r} is missing: `npm install` in the plugin's folder, and load it again"
+
+
 def _denied(found: re.Match[str]) -> str:
     path = Path(found[1])
     return f"no permission for {path} ({_rights(path)}; the node runs as {_user(os.geteuid())}): change its owner or mode"
@@ -102,6 +109,7 @@ SIGNALS = {"SIGSEGV": "a fault in native code", "SIGABRT": "an assertion in nati
            "SIGILL": "a binary that was built for another processor"}  # fmt: skip
 RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = tuple((re.compile(p), f) for p, f in (
     (r"ModuleNotFoundError: No module named '([\w.]+)'", _missing_module),
+    (r"Cannot find (?:module|package) '([^']+)'", _missing_package),
     (r"(?:BlockingIOError|RuntimeError|OSError): .*(?:Resource temporarily unavailable|can't start new thread)",
      lambda _: "too many processes or threads: raise limits.pids in its manifest, or let it start fewer"),
     (r"kernelm-join: .*cgroup\.procs", lambda _: "its control groups are not to be written: see that the node may write to "

@@ -19,11 +19,25 @@ from kernelm_node.handles import Handles
 from kernelm_node.resources import MB, Machine, read_settings
 from kernelm_node.runtimes import Runtimes
 from kernelm_node.runtimes.runtime import HANDLE_VERSION, UNKNOWN_CODE, Exit, Handle, Launch, Runtime, Task
-from kernelm_node.sources import Sources
+from kernelm_node.sources import Sources, stored
+from kernelm_node.trust import Trust
 from kernelm_sdk.contract import token
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, invalid
 from kernelm_sdk.plugin import Manifest, find_manifests
-from kernelm_sdk.system import Diagnosis, Empty, ExitReport, InstanceName, Kernel, NodeReport, Running, StartInstance
+from kernelm_sdk.system import (
+    AllowUnsigned,
+    ArtifactName,
+    Diagnosis,
+    Empty,
+    ExitReport,
+    InstanceName,
+    Kernel,
+    NodeReport,
+    Running,
+    StartInstance,
+    TrustVerdict,
+)
+from kernelm_trust.policy import read_policy
 
 log = logging.getLogger("kernelm.node")
 LOG_BYTES = 16 * MB  # a log that is larger when its instance starts is put aside as <name>.log.1
@@ -64,7 +78,8 @@ class NodeService:
         self._watchers: set[asyncio.Task[None]] = set()
         self._starting: dict[str, tuple[asyncio.Lock, int]] = {}  # by instance, with how many hold or want it
         self._runtimes = Runtimes(home)
-        self._sources = Sources(bus, self.name)
+        self._trust = Trust(home, read_policy(os.environ))
+        self._sources = Sources(bus, self.name, self._trust)
         for folder in ("logs", "scratch", "run/tokens"):
             (home / folder).mkdir(parents=True, exist_ok=True)
         (home / "run" / "tokens").chmod(0o700)
@@ -120,8 +135,9 @@ class NodeService:
             log.warning("plugin %s is left out: %s", name, reason)
         running = tuple(e.running() for e in self._entries.values())
         free = self._machine.free(e.handle.needs for e in self._entries.values())
+        artifacts = await asyncio.to_thread(stored, self._home)
         return NodeReport(self.name, self._machine.capacity(), free, running, {m.name: m.version for m in manifests.values()},
-                          self._runtimes.usable())  # fmt: skip
+                          self._runtimes.usable(), artifacts)  # fmt: skip
 
     async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
         """How an instance is, or how it ended, with the last lines of its log."""
@@ -135,6 +151,15 @@ class NodeService:
         lines = await asyncio.to_thread(last_lines, path)
         advice = diagnose(Exit(UNKNOWN_CODE, "it is not running"), lines).partition("\n")[0]
         return Diagnosis(request.instance, advice, "\n".join(lines))
+
+    async def trust(self, request: ArtifactName, call: Any) -> TrustVerdict:
+        """Whether this node would run the plugin in an artifact."""
+        return await self._trust.of_artifact(await self._sources.open(request.digest), request.digest)
+
+    async def allow_unsigned(self, request: AllowUnsigned, call: Any) -> TrustVerdict:
+        """Allow the plugin in an artifact, as its administrator; the verdict is how it stands from now on."""
+        self._trust.allow(request, call.caller)
+        return await self.trust(ArtifactName(request.digest), call)
 
     # ---- starting ----
 
@@ -179,6 +204,7 @@ class NodeService:
             "KERNELM_URL": os.environ["KERNELM_URL"], "KERNELM_HOME": str(self._home), "KERNELM_INSTANCE": request.instance,
             "KERNELM_PLUGIN": request.plugin, "KERNELM_POOL": request.pool, "KERNELM_SCRATCH": str(scratch),
             "KERNELM_MANIFEST": str(file), "KERNELM_TOKEN_FILE": str(secret), "PYTHONUNBUFFERED": "1",
+            **({"KERNELM_CPU": f"{request.needs.cpu:g}"} if request.needs.cpu > 0 else {}),
         }  # fmt: skip
 
     async def _adopt(self) -> None:

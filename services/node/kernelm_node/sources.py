@@ -1,16 +1,19 @@
 """Where a plugin's code is: installed on this node, or an artifact that is opened here."""
 
 import asyncio
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from kernelm_node.trust import Trust
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.plugin import GROUP, MANIFEST, Manifest, find_manifests, package_folder, read_manifest
 from kernelm_sdk.system import ArtifactName, Artifacts, StartInstance
 
 OPEN_S = 20.0  # for one artifact; every byte of it is verified
+STORED = 1000  # artifacts that are reported
 
 
 def installed_stamp() -> list[tuple[str, int]]:
@@ -18,18 +21,28 @@ def installed_stamp() -> list[tuple[str, int]]:
     return [(folder, Path(folder).stat().st_mtime_ns) for folder in sys.path if folder and Path(folder).is_dir()]
 
 
-class Sources:
-    """Opens what a start names. `bus` has `call`."""
+def stored(home: Path) -> tuple[str, ...]:
+    """Digests of the artifacts whose files lie on this machine, the latest first; those of a store that is here, or that keeps its
+    cache here (services/artifacts: `<root>/trees/<hex>`)."""
+    try:
+        found = [(entry.stat().st_mtime, entry.name) for entry in os.scandir(home / "artifacts" / "trees") if len(entry.name) == 64]
+    except FileNotFoundError:  # there is none, or one was moved aside just now
+        return ()
+    return tuple(f"sha256:{name}" for _, name in sorted(found, reverse=True)[:STORED])
 
-    def __init__(self, bus: Any, node: str) -> None:
-        self._bus, self._node = bus, node
+
+class Sources:
+    """Opens what a start names, if it may run here. `bus` has `call`."""
+
+    def __init__(self, bus: Any, node: str, trust: Trust) -> None:
+        self._bus, self._node, self._trust = bus, node, trust
         self._points: dict[str, EntryPoint] = {}
         self._stamp: list[tuple[str, int]] = []  # of the folders that packages are in
 
     async def of(self, request: StartInstance) -> tuple[Manifest, Path, Path | None]:
         """The plugin's manifest, the file that it is in, and the folder of the plugin's artifact if it comes as one.
-        ClientFault when there is no such plugin, or its manifest does not allow the runtime."""
-        source = await self._open(request.source) if request.source else None
+        ClientFault when there is no such plugin, its manifest does not allow the runtime, or the node does not trust it."""
+        source = await self.open(request.source) if request.source else None
         file = source / MANIFEST if source else await asyncio.to_thread(self._installed, request.plugin)
         manifest = await asyncio.to_thread(read_manifest, file)
         if manifest.name != request.plugin:
@@ -38,6 +51,8 @@ class Sources:
         if request.runtime not in manifest.runtimes:
             raise ClientFault("unsupported_runtime", f"plugin {request.plugin!r} does not run as {request.runtime!r}",
                               f"its manifest says runtimes = {', '.join(manifest.runtimes)}")  # fmt: skip
+        if source is not None:
+            await self._trust.require(request, manifest, source)
         return manifest, file, source
 
     def _installed(self, plugin: str) -> Path:
@@ -55,9 +70,10 @@ class Sources:
         return folder / MANIFEST
 
     async def open_all(self, digests: tuple[str, ...]) -> tuple[Path, ...]:
-        return tuple([await self._open(digest) for digest in digests])
+        return tuple([await self.open(digest) for digest in digests])
 
-    async def _open(self, digest: str) -> Path:
+    async def open(self, digest: str) -> Path:
+        """The folder of an artifact on this machine."""
         try:
             opened = await self._bus.call(Artifacts.open, ArtifactName(digest), timeout_s=OPEN_S)
         except ClientFault:

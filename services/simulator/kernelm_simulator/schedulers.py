@@ -37,7 +37,7 @@ def load(name: str, settings: dict[str, Any] | None = None) -> Loaded:
     module, _, attribute = entry.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: one that is no Python has no entry
         raise ClientFault("unknown_scheduler", f"{entry}: {error}", "MODULE:CLASS that can be imported") from None
     if not (isinstance(factory, type) and issubclass(factory, Plugin) and issubclass(factory, Scheduler)):
         raise ClientFault("unknown_scheduler", f"{entry} is no Plugin that implements {CONTRACT}", "see plugins/README.md")

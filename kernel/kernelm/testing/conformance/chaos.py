@@ -48,7 +48,7 @@ async def broker(case: Case) -> None:
     try:
         await until(answers, BACK_S)
     except AssertionError:
-        code = case.main.process.poll()
+        code = case.main.code
         raise Failed(f"it does not answer `probe` {BACK_S:g} s after the broker's restart, {_state(code)}",
                      case.main.last_lines()) from None  # fmt: skip
     exchanges = await case.main.wire.ask_all(calls_for(case, 1), timeout_s=10.0)
@@ -62,14 +62,14 @@ async def broker(case: Case) -> None:
     "expect half-written files in KERNELM_SCRATCH",
 )
 async def kill(case: Case) -> None:
-    victim = case.stand.start(case.subject, case.settings)
-    case.spares["killed"] = victim
+    victim = case.spares["killed"] = await case.start()
     await victim.ready()
     victim.signal(signal.SIGKILL)
     await victim.ended(10)
-    again = case.stand.start(case.subject, case.settings)
-    case.spares["again"] = again
+    again = await case.start(before=lambda instance: setattr(instance, "scratch", victim.scratch))
+    case.spares["after the kill"] = again
     await again.ready()
+    case.spares["again"] = case.spares.pop("after the kill")
 
 
 @checks.add(
@@ -78,7 +78,7 @@ async def kill(case: Case) -> None:
     "when the broker refuses the key for good: stop working, exit with a failure",
 )
 async def given_up(case: Case) -> None:
-    zombie = case.spares["again"] if "again" in case.spares else case.stand.start(case.subject, case.settings)
+    zombie = case.spares["again"] if "again" in case.spares else await case.start()
     case.spares["again"] = zombie
     await zombie.ready()
     kernel = case.stand.system.kernel

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from kernelm.testing.conformance.generate import Shapes
+from kernelm.testing.conformance.places import Place
 from kernelm.testing.conformance.results import Failed, Report, Result, Skipped
 from kernelm.testing.conformance.stand import Instance, Stand
 from kernelm.testing.conformance.subject import Subject
@@ -31,11 +32,12 @@ class Check(msgspec.Struct, frozen=True):
 class Case:
     """One plugin under test on a stand."""
 
-    def __init__(self, stand: Stand, subject: Subject, seed: int = 0) -> None:
-        self.stand, self.subject, self.seed = stand, subject, seed
+    def __init__(self, stand: Stand, subject: Subject, seed: int = 0, place: Place | None = None) -> None:
+        self.stand, self.subject, self.seed, self.place = stand, subject, seed, place or stand.own
         self.settings: dict[str, Any] = dict(subject.samples.settings)
         self.requests: dict[str, Any] = dict(subject.samples.requests)
         self.artifacts: dict[str, str] = {}
+        self.table: Any = None  # what answers its instances' calls of jobs/1, if a contract's `prepare` sets one
         self.main: Instance
         self.spares: dict[str, Instance] = {}
 
@@ -64,10 +66,19 @@ class Case:
             if hasattr(role, "prepare"):
                 await role.prepare(self)
         self.settings, self.requests = self._filled(self.settings), self._filled(self.requests)
-        self.main = self.stand.start(self.subject, self.settings)
-        self.spares = {"stop": self.stand.start(self.subject, self.settings),
-                       "refused": self.stand.start(self.subject, self.settings, refuse=True)}  # fmt: skip
+        self.main = await self.start()
+        for name, refuse in (("stop", False), ("refused", True)):
+            self.spares[name] = await self.start(refuse=refuse)
         await self.main.ready()
+
+    async def start(self, refuse: bool = False, before: Callable[[Instance], None] = lambda _: None) -> Instance:
+        """Another instance, in a pool of its own: see `Stand.start`."""
+
+        def prepared(instance: Instance) -> None:
+            self.stand.driver.tables[instance.name] = self.table
+            before(instance)
+
+        return await self.stand.start(self.subject, self.settings, refuse, self.place, prepared)
 
     def _filled(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -76,7 +87,8 @@ class Case:
             return [self._filled(v) for v in value]
         if isinstance(value, str) and value.startswith("@"):
             if value[1:] not in self.artifacts:
-                raise Failed(f"{value!r} names no artifact", remedy="list it under [artifacts] in conformance.toml")
+                raise Failed(f"{value!r} names no artifact", remedy="list it under [artifacts] in conformance.toml; the kit "
+                             "makes a small one itself where kernelm-artifacts and pyarrow are installed")  # fmt: skip
             return self.artifacts[value[1:]]
         return value
 
@@ -96,7 +108,7 @@ class Case:
             await instance.end()
 
 
-async def run(case: Case, checks: list[Check], roles: list[Any], runtime: str = "process",
+async def run(case: Case, checks: list[Check], roles: list[Any],
               told: Callable[[Result], None] = lambda _: None) -> Report:  # fmt: skip
     """Make the checks one after another; the report. What has no instance to ask is skipped."""
     began, results = time.monotonic(), list[Result]()
@@ -111,7 +123,7 @@ async def run(case: Case, checks: list[Check], roles: list[Any], runtime: str = 
         note(first := await _one(case, starts))
         for check in checks:
             if first.status == "passed":
-                if case.main.process.poll() is None:
+                if case.main.code is None:
                     await case.settle()
                 note(await _one(case, check))
             else:
@@ -120,7 +132,7 @@ async def run(case: Case, checks: list[Check], roles: list[Any], runtime: str = 
     finally:
         await case.close()
     m = case.subject.manifest
-    return Report(m.name, m.version, runtime, m.contracts, tuple(results), time.monotonic() - began, log)
+    return Report(m.name, m.version, case.place.runtime, m.contracts, tuple(results), time.monotonic() - began, log)
 
 
 async def _one(case: Case, check: Check) -> Result:

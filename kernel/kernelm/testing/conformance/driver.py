@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 
 from kernelm.testing.conformance.wire import Exchange, Wire
 from kernelm_sdk.bus import Bus
+from kernelm_sdk.contract import Contract, Method
 from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.system import Empty, Report
 
@@ -44,13 +45,34 @@ class Attempt:
 
 
 class JobDriver:
-    """Serves `work/1` as `jobs`."""
+    """Serves `work/1`, and where contracts are installed `jobs/1`, as `jobs`."""
 
     def __init__(self) -> None:
         self.bus: Bus
         self._attempts: dict[tuple[str, int], Attempt] = {}
         self._numbers = 0
+        self.tables: dict[str, Any] = {}  # instance -> what answers its calls of jobs/1
         self.strays: list[tuple[str, Report]] = []  # (instance, report) of jobs that nobody handed out
+
+    def offer(self, contract: type[Contract]) -> None:
+        """Serve `jobs/1` as well: each instance is answered by the table that its case has set for it."""
+        for method in contract.methods.values():
+            setattr(self, method.attribute, self._passing_on(method))
+
+    def _passing_on(self, method: Method) -> Callable[[Any, Any], Any]:
+        def found(caller: str) -> Callable[[Any], Any]:
+            answer: Callable[[Any], Any] | None = getattr(self.tables.get(caller), method.attribute, None)
+            if answer is None:
+                raise ClientFault("unsupported_method", f"{method.name} of jobs/1 is no part of this check")
+            return answer
+
+        async def unary(request: Any, call: Any) -> Any:
+            return found(call.caller)(request)
+
+        async def streamed(request: Any, call: Any) -> AsyncIterator[Any]:
+            yield found(call.caller)(request)
+
+        return streamed if method.kind == "streamed" else unary
 
     async def on_start(self) -> None:
         """Nothing to prepare."""

@@ -1,33 +1,35 @@
 """The test stand: a real broker, a real kernel, the artifact store where it is installed, a job table that the checks steer, and
-the plugin as a process of its own, started as a node starts it. One stand serves any number of plugins at a time."""
+the plugin, in a process of its own or as the node runs it (places.py). One stand serves any number of plugins at a time."""
 
-import asyncio
 import base64
 import contextlib
+import importlib
 import importlib.util
-import os
 import secrets
-import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kernelm.testing.conformance.driver import JobDriver
+from kernelm.testing.conformance.places import Body, OwnProcess, Place
 from kernelm.testing.conformance.results import Failed
 from kernelm.testing.conformance.subject import Subject
 from kernelm.testing.conformance.wire import Wire
 from kernelm.testing.harness import System, until
-from kernelm_authority.identity import Grant, write_secret
+from kernelm_authority.files import write_secret
+from kernelm_authority.identity import Grant
 from kernelm_sdk.bus import Bus, Credentials
+from kernelm_sdk.contract import CONTRACTS
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import Artifact, Artifacts, PoolSpec, PutArtifact
 
-START_S = 60.0  # from the start of the process to ready
+START_S = 60.0  # from its start to ready
+VENV_S = 240.0  # the same, where an environment is built before it
 LOG_LINES = 25
 
 
@@ -52,20 +54,20 @@ class Tap:
 
 
 class Instance:
-    """One process of the plugin."""
+    """One running copy of the plugin."""
 
-    def __init__(self, stand: "Stand", subject: Subject, pool: str, name: str) -> None:
-        self.stand, self.subject, self.pool, self.name = stand, subject, pool, name
+    def __init__(self, stand: "Stand", subject: Subject, pool: str, name: str, place: Place) -> None:
+        self.stand, self.subject, self.pool, self.name, self.place = stand, subject, pool, name, place
         self.tap = Tap()
         self.wire = Wire(stand.system.admin, name, pool)
         self.keys: set[str] = set()  # public nkeys that it has used
-        self.process: subprocess.Popen[bytes]
+        self.body: Body | None = None  # None until it is started
         self.token = stand.system.home / "run" / "tokens" / name
         self.log = stand.system.home / "logs" / f"{name}.log"
         self.scratch = stand.system.home / "scratch" / name
 
-    def spawn(self) -> None:
-        """Start the process, with a token of its own."""
+    async def begin(self) -> None:
+        """Start it, with a token of its own."""
         manifest, stand = self.subject.manifest, self.stand
         grant = Grant("plugin", self.name, self.pool, manifest.name, calls=manifest.calls)
         token = stand.system.authority.token(self.name, grant)
@@ -74,33 +76,34 @@ class Instance:
         write_secret(self.token, token)
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(exist_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("KERNELM_")}
-        path = os.pathsep.join([str(self.subject.root), *filter(None, [kept.get("PYTHONPATH")])])
-        environment = kept | {
+        environment = {
             "KERNELM_URL": stand.system.broker.url, "KERNELM_INSTANCE": self.name, "KERNELM_PLUGIN": manifest.name,
-            "KERNELM_POOL": self.pool, "KERNELM_SCRATCH": str(self.scratch), "KERNELM_MANIFEST": str(self.subject.file),
-            "KERNELM_TOKEN_FILE": str(self.token), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "KERNELM_POOL": self.pool, "KERNELM_SCRATCH": str(self.scratch), "KERNELM_TOKEN_FILE": str(self.token),
+            "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
-        command = self.subject.command or (sys.executable, "-m", "kernelm_sdk.runner")
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, cwd=self.subject.folder, stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=log, start_new_session=True)  # fmt: skip
+        self.body = await self.place.start(self.subject, environment, self.scratch, self.log)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None as long as it runs."""
+        return self.body.code if self.body else None
 
     async def ready(self) -> None:
         """Wait until it is, or Failed with the end of its log."""
         state = self.stand.system.kernel
         assert state is not None
+        patience_s = START_S if self.place.runtime != "venv" else VENV_S
 
         def there() -> bool:
             known = state.registry.instances.get(self.name)
-            return self.process.poll() is not None or (known is not None and known.state == "ready")
+            return self.code is not None or (known is not None and known.state == "ready")
 
         try:
-            await until(there, START_S)
+            await until(there, patience_s)
         except AssertionError:
-            raise Failed(f"it is not ready {START_S:g} s after its start", self.last_lines(),
+            raise Failed(f"it is not ready {patience_s:g} s after its start", self.last_lines(),
                          "say hello, serve and say ready: kernel/PROTOCOL.md, 'The life of an instance'") from None  # fmt: skip
-        if (code := self.process.poll()) is not None:
+        if (code := self.code) is not None:
             raise Failed(f"it ended with code {code} before it was ready", self.last_lines(), "see the end of its log")
 
     def last_lines(self) -> str:
@@ -110,27 +113,24 @@ class Instance:
 
     def signal(self, number: int) -> None:
         """Send a signal, if it is still there."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        if self.body:
+            self.body.signal(number)
 
     async def ended(self, timeout_s: float) -> int | None:
         """Its exit code, or None if it has not ended in time."""
-        try:
-            return await asyncio.to_thread(self.process.wait, timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
+        return await self.body.ended(timeout_s) if self.body else None
 
     async def end(self) -> None:
         """Whatever it does."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        await self.ended(10)
+        if self.body:
+            await self.body.end()
 
 
 class Stand:
     """`async with Stand() as stand:` then `await stand.start(subject, settings)`."""
 
     def __init__(self) -> None:
+        self.own = OwnProcess()
         self.system = Observed()
         self.driver = JobDriver()
         self.joining: dict[str, Instance] = {}  # the user of a join token -> who it is for
@@ -165,7 +165,13 @@ class Stand:
         async def build(_: dict[str, Any]) -> JobDriver:
             return self.driver
 
-        await self.system.member(Member(self.driver.bus, "jobs", "jobs", "", ("work/1",)), build)
+        if importlib.util.find_spec("kernelm_contracts") is not None:
+            importlib.import_module("kernelm_contracts")
+        offered = [CONTRACTS[c] for c in ("jobs/1",) if c in CONTRACTS]
+        for contract in offered:
+            self.driver.offer(contract)
+        contracts = ("work/1", *(c.id() for c in offered))
+        await self.system.member(Member(self.driver.bus, "jobs", "jobs", "", contracts), build)
         if self.has_store:
             await self.system.service("artifacts")
         for pattern in ("evt.>", "$KV.leases.>", "impl.kernel.>", "impl.jobs.>", "impl.artifacts.>"):
@@ -181,17 +187,20 @@ class Stand:
             with contextlib.suppress(msgspec.DecodeError, KeyError, TypeError):
                 instance.keys.add(msgspec.json.decode(msg.data)["public_key"])
 
-    def start(self, subject: Subject, settings: dict[str, Any], pool: str = "", refuse: bool = False) -> Instance:
-        """Start an instance; `await instance.ready()` waits for it. In `pool`, or one of its own."""
+    async def start(self, subject: Subject, settings: dict[str, Any], refuse: bool = False, place: Place | None = None,
+                    before: Callable[[Instance], None] = lambda _: None) -> Instance:  # fmt: skip
+        """Start an instance in a pool of its own; `await instance.ready()` waits for it. `before` sees it when all but its
+        process is there. With `refuse` its hello is refused."""
         kernel = self.system.kernel
         assert kernel is not None
         name = f"{subject.manifest.name}-{secrets.token_hex(3)}"
-        pool = pool or f"pool-{name}"
+        pool = f"pool-{name}"
         kernel.supervisor.pools[pool] = PoolSpec(pool, subject.manifest.name, settings=settings, contracts=False, parked=True)
-        instance = self.instances[name] = Instance(self, subject, pool, name)
+        instance = self.instances[name] = Instance(self, subject, pool, name, place or self.own)
         if refuse:
             self.refused[name] = 0
-        instance.spawn()
+        before(instance)
+        await instance.begin()
         return instance
 
     async def store(self, folder: Path, kind: str) -> str:

@@ -10,6 +10,9 @@
 
     [requests]                        # that are answered without a fault; of a job: that end with a result
     "server/1.classify" = { input = ["text"] }
+
+    [golden]                          # with what the answer to such a request begins, where a contract's checks look for it
+    "server/1.generate" = " 7, 8, 9"
 """
 
 import importlib
@@ -35,6 +38,7 @@ class Samples(msgspec.Struct, forbid_unknown_fields=True):
     artifacts: dict[str, str] = {}  # name -> folder, relative to the plugin's
     settings: dict[str, Any] = {}
     requests: dict[str, dict[str, Any]] = {}  # "contract/major.method" -> request
+    golden: dict[str, str] = {}  # "contract/major.method" -> the beginning of the answer to that request
 
 
 class Subject(msgspec.Struct):
@@ -46,7 +50,7 @@ class Subject(msgspec.Struct):
     root: Path  # what is put on PYTHONPATH
     samples: Samples
     schemas: dict[str, Shapes]  # contract id -> shapes
-    command: tuple[str, ...] = ()  # for another language than Python: starts an instance
+    command: tuple[str, ...] = ()  # for another language than Python: starts an instance (the manifest's, or --command)
 
 
 def read(path: Path, command: tuple[str, ...] = ()) -> Subject:
@@ -58,11 +62,12 @@ def read(path: Path, command: tuple[str, ...] = ()) -> Subject:
         raise ClientFault("invalid_manifest", f"{path} holds {len(found)} files {MANIFEST}, at its root or one level below",
                           "name the folder of one plugin")  # fmt: skip
     manifest = read_manifest(found[0])
+    command = command or manifest.command
     top = manifest.entry.partition(":")[0].partition(".")[0]
     roots = [r for r in (folder, folder / "src", folder.parent) if (r / top).is_dir() or (r / f"{top}.py").is_file()]
     if not roots and not command:
         raise ClientFault("invalid_manifest", f"{found[0]}: entry {manifest.entry!r}: {folder} has neither {top}/ nor {top}.py",
-                          "correct `entry` (module:Class), or give --command for another language")  # fmt: skip
+                          "correct `entry` (module:Class), or give `command` in its place for another language")  # fmt: skip
     schemas = {c: Shapes(schema_of(c, folder, found[0].parent)) for c in manifest.contracts}
     return Subject(folder, manifest, found[0], roots[0] if roots else folder, _samples(folder / SAMPLES), schemas, command)
 

@@ -61,6 +61,7 @@ from kernelm_sdk.system.kernel import (
     Welcome,
 )
 from kernelm_sdk.system.node import (
+    AllowUnsigned,
     CancelJob,
     Diagnosis,
     DrainRequest,
@@ -71,6 +72,7 @@ from kernelm_sdk.system.node import (
     Probe,
     Running,
     StartInstance,
+    TrustVerdict,
 )
 from kernelm_sdk.system.work import (
     Dispatch,
@@ -80,6 +82,7 @@ from kernelm_sdk.system.work import (
 )
 
 __all__ = [
+    "AllowUnsigned",
     "Artifact",
     "ArtifactFile",
     "ArtifactList",
@@ -141,6 +144,7 @@ __all__ = [
     "SwapChanged",
     "SwapRequest",
     "SystemState",
+    "TrustVerdict",
     "UnloadRequest",
     "Welcome",
     "Work",

@@ -50,7 +50,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     summary: str
     contracts: tuple[str, ...]  # "name/major"
-    entry: str  # "module:Class"
+    entry: str  # "module:Class" of a plugin in Python; "" where there is a command
     runtimes: tuple[str, ...] = ("process",)  # in order of preference
     each_node: bool = False  # one instance a node (a worker) instead of one in all
     default: bool = True  # started by `kernelm up`; False for plugins that only run when a pool asks for them
@@ -63,3 +63,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float = 30.0  # for calls and jobs that are under way when it is stopped; jobs then go on elsewhere
     restart: Restart = Restart()
     probe: ProbeCall | None = None
+    command: tuple[str, ...] = ()  # of a plugin in another language: program and arguments, run in the plugin's folder
+
+    def __post_init__(self) -> None:
+        if bool(self.entry) == bool(self.command):
+            raise ValueError(f"plugin {self.name!r} has {'both' if self.entry else 'neither'} `entry` (module:Class, for Python) "
+                             f"{'and' if self.entry else 'nor'} `command` (for any other language): give exactly one")  # fmt: skip
+        if self.command and (not self.command[0] or self.runtimes != ("process",)):
+            raise ValueError('`command` begins with a program, and runs in the runtime "process" alone')

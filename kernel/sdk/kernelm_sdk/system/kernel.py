@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from kernelm_sdk.contract import Contract, unary
 from kernelm_sdk.events import Event
-from kernelm_sdk.system.common import Empty, Manifest
+from kernelm_sdk.system.common import Empty, Manifest, Resources
 
 
 class EnrollRequest(Struct, frozen=True):
@@ -70,6 +70,7 @@ class PoolSpec(Struct, frozen=True):
     image: str = ""  # of a container: its id or digest; "" for the node's own runner image
     artifacts: tuple[str, ...] = ()  # digests that a container may read
     parked: bool = False  # not run, only kept, so that a rollback finds it
+    needs: Resources | None = None  # of one instance; None for the manifest's
 
 class PoolName(Struct, frozen=True):
     pool: str
@@ -261,23 +262,41 @@ class Kernel(Contract, name="kernel", major=1):
 
     events = (InstanceChanged, RouteChanged, SwapChanged, KeyChanged)
     @unary
-    async def enroll(self, request: EnrollRequest, call: Any) -> Enrolled: ...
+    async def enroll(self, request: EnrollRequest, call: Any) -> Enrolled:
+        """Trade a one-time join token and one's own public key for a JWT."""
+        ...
     @unary
-    async def renew(self, request: RenewRequest, call: Any) -> Enrolled: ...
+    async def renew(self, request: RenewRequest, call: Any) -> Enrolled:
+        """A fresh JWT, for the same key or for a new one."""
+        ...
     @unary
-    async def hello(self, request: Hello, call: Any) -> Welcome: ...
+    async def hello(self, request: Hello, call: Any) -> Welcome:
+        """Say who one is and which contracts one speaks; the answer says what was agreed on, if anything: `version_mismatch`."""
+        ...
     @unary
-    async def ready(self, request: Ready, call: Any) -> Instance: ...
+    async def ready(self, request: Ready, call: Any) -> Instance:
+        """Be routed to from now on."""
+        ...
     @unary
-    async def exited(self, request: ExitReport, call: Any) -> Empty: ...
+    async def exited(self, request: ExitReport, call: Any) -> Empty:
+        """A node tells how an instance ended."""
+        ...
     @unary
-    async def state(self, request: Empty, call: Any) -> SystemState: ...
+    async def state(self, request: Empty, call: Any) -> SystemState:
+        """All that the kernel knows of: instances, pools, routes, swaps, and what is not well."""
+        ...
     @unary
-    async def start_pool(self, request: PoolSpec, call: Any) -> PoolSpec: ...
+    async def start_pool(self, request: PoolSpec, call: Any) -> PoolSpec:
+        """Run a plugin in a pool of its own, as many instances as it says."""
+        ...
     @unary
-    async def stop_pool(self, request: PoolName, call: Any) -> Empty: ...
+    async def stop_pool(self, request: PoolName, call: Any) -> Empty:
+        """Drain a pool and stop it."""
+        ...
     @unary
-    async def set_route(self, request: Route, call: Any) -> Route: ...
+    async def set_route(self, request: Route, call: Any) -> Route:
+        """Send the calls of a name to other pools, from the next message on."""
+        ...
     @unary
     async def load(self, request: LoadRequest, call: Any) -> Swap:
         """Bring in a plugin: its pool starts, and takes its contracts over from `replaces`, or those that nobody serves."""
@@ -299,12 +318,18 @@ class Kernel(Contract, name="kernel", major=1):
         """Change how many instances a pool has."""
         ...
     @unary
-    async def create_key(self, request: KeyRequest, call: Any) -> KeyCreated: ...
+    async def create_key(self, request: KeyRequest, call: Any) -> KeyCreated:
+        """An API key; its secret is in this answer and nowhere else."""
+        ...
     @unary
-    async def list_keys(self, request: Empty, call: Any) -> KeyList: ...
+    async def list_keys(self, request: Empty, call: Any) -> KeyList:
+        """All API keys, without their secrets."""
+        ...
     @unary
     async def rotate_key(self, request: RotateKey, call: Any) -> KeyCreated:
         """A new secret for a key; the old one is accepted for `overlap_s` more."""
         ...
     @unary
-    async def revoke_key(self, request: KeyName, call: Any) -> Key: ...
+    async def revoke_key(self, request: KeyName, call: Any) -> Key:
+        """Shut a key out, within a second."""
+        ...

@@ -6,7 +6,7 @@ from msgspec import Raw, Struct
 
 from kernelm_sdk.contract import Contract, unary
 from kernelm_sdk.errors import FaultBody
-from kernelm_sdk.system.common import Empty
+from kernelm_sdk.system.common import Empty, Resources
 
 
 class Dispatch(Struct, frozen=True):
@@ -19,12 +19,16 @@ class Dispatch(Struct, frozen=True):
     checkpoint: str = ""  # digest of the last one, to resume from
     run: str = ""
     name: str = ""
+    resources: Resources | None = None  # what it may use here; None for not said
+    rank: int = 0  # of this instance among `peers`
+    peers: tuple[str, ...] = ()  # instances that work on it together, by rank; () for this one alone
+    address: str = ""  # where rank 0 is met, for the others
 
 class Progress(Struct, frozen=True):
     fraction: float = 0.0  # 0 to 1 within the job
     phase: str = ""
     message: str = ""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {}  # name -> value, with its unit in the name (`tokens_per_s`); `step` only grows
     deadline_s: float = 600.0  # the phase declares it: without progress for so long, the job is taken away
 
 class Report(Struct, frozen=True):
@@ -36,8 +40,11 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""  # digest of a new one
     result: dict[str, Any] | None = None
     fault: FaultBody | None = None
+    address: str = ""  # of rank 0 of several: where the others meet it; they are given the job then
 
 class Work(Contract, name="work", major=1):
     """Where the runner reports on a job; the job table implements it. Of the jobs themselves the kernel knows no more."""
     @unary
-    async def report(self, request: Report, call: Any) -> Empty: ...
+    async def report(self, request: Report, call: Any) -> Empty:
+        """How a job gets on, its checkpoint, its result or its fault. `stale_epoch`: somebody else has it by now."""
+        ...

@@ -11,17 +11,19 @@ import msgspec
 from kernelm.testing.conformance.check import Case, Checks
 from kernelm.testing.conformance.driver import Attempt
 from kernelm.testing.conformance.results import Failed, Skipped
-from kernelm_contracts.data import DatasetCard, Prepared
+from kernelm_contracts.data import DatasetCard, Prepared, Redacted
+from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.system import ArtifactName, Artifacts, OpenArtifact
 
 checks = Checks()
 DOCUMENTS = 40  # of each class, without the copies
 COPIES = 6
+PERSON = ("jane.roe@example.org", "+1 202 555 0147", "4111 1111 1111 1111")  # of nobody: reserved for examples and tests
 NOUNS = ("striker", "bank", "court", "keeper", "market", "coach", "budget", "league", "merger", "referee")
 
 
 def write_source(folder: Path) -> int:
-    """Two classes of texts with exact and near duplicates among them; how many documents."""
+    """Two classes of texts with exact and near duplicates among them, and some that name a person; how many documents."""
     count = 0
     for label, verb in (("sport", "plays"), ("business", "trades")):
         (folder / label).mkdir(parents=True)
@@ -31,6 +33,11 @@ def write_source(folder: Path) -> int:
             ending = " Updated." if n >= DOCUMENTS and n % 2 else ""  # a near duplicate
             (folder / label / f"{n:03}.txt").write_text(f"The {words[0]} {verb}: {' '.join(words)}.{ending}\n")
             count += 1
+        for n, who in enumerate(PERSON):  # one that is kept where nothing keeps it out, and one that is too short to be
+            long = f"{NOUNS[n]} of number {n} {verb} again, and asks everybody to answer by {who} before the end of the season"
+            (folder / label / f"person-{n}.txt").write_text(f"The {long}.\n")
+            (folder / label / f"short-{n}.txt").write_text(f"{who[:19]}\n")
+            count += 2
     return count
 
 
@@ -56,15 +63,22 @@ async def prepared(case: Case, **changes: Any) -> tuple[Prepared, Attempt]:
 
 
 async def attempted(case: Case, **changes: Any) -> Attempt:
-    """The job at its end, whatever that is."""
+    """The job at its end, whatever that is; or refused at once, as `refusal` says."""
     from kernelm.testing.conformance.jobs import finished
 
     if "data/1.prepare" not in case.requests:
         raise Skipped("no source: the artifact store (kernelm-artifacts) is not installed, and conformance.toml gives none")
     request = {**case.requests["data/1.prepare"], **changes}
     attempt = await case.stand.driver.hand(case.main.wire, "data/1", "prepare", request)
-    await finished(attempt)
+    if refusal(attempt) is None:
+        await finished(attempt)
     return attempt
+
+
+def refusal(attempt: Attempt) -> FaultBody | None:
+    """The client's fault that a job was refused with, at once or as its report."""
+    faults = (attempt.dispatched and attempt.dispatched.fault, attempt.final and attempt.final.fault)
+    return next((fault for fault in faults if fault and fault.whose == "client" and not fault.retriable), None)
 
 
 async def tables(case: Case, dataset: str) -> dict[str, Any]:
@@ -153,6 +167,55 @@ async def leakage(case: Case) -> None:
             grams.append((name, mine))
 
 
+@checks.add(
+    "data.discreet",
+    "no text of a document is in a card, a report, an event, a fault or the log, above all nothing that names a person",
+    "say which document by its id: cards and events are read by more people than the texts are",
+)
+async def discreet(case: Case) -> None:
+    if "source" in case.subject.samples.artifacts:
+        raise Skipped("the source is the author's own: which of it names a person is not known here")
+    result, attempt = await prepared(case)
+    opened: OpenArtifact = await case.stand.bus().call(Artifacts.open, ArtifactName(result.dataset), timeout_s=60.0)
+    exchange = await case.call("data/1", "describe", {"digest": result.dataset})
+    places = [("a report", msgspec.json.encode(report)) for _, report in attempt.reports]
+    places += [(f"a message on {subject}", body) for subject, body, *_ in case.main.tap.messages]
+    places += [("the answer of `describe`", reply.body) for reply in exchange.replies]
+    places += [("the description of the artifact", msgspec.json.encode(opened.artifact)), ("its log", case.main.log.read_bytes())]
+    places += [(file.name, file.read_bytes()) for name in ("*.json", "*.md") for file in Path(opened.path).glob(name)
+               if file.name != "tokenizer.json"]  # fmt: skip
+    for what, text in places:
+        if found := next((who for who in PERSON if who[:19].encode() in text), None):
+            raise Failed(f"{what} holds {found!r} of a document", attempt.text)
+
+
+@checks.add(
+    "data.private",
+    "where it takes a request with `private`, no private value is left in the dataset's texts, and the card counts what was found",
+    "redact or quarantine before anything is written, or refuse a request that has `private` with a client's fault",
+)
+async def private(case: Case) -> None:
+    if "source" in case.subject.samples.artifacts:
+        raise Skipped("the source is the author's own: which of it names a person is not known here")
+    for action in ("redact", "quarantine"):
+        attempt = await attempted(case, private={"action": action})
+        if (fault := refusal(attempt)) is not None:
+            raise Skipped(f"it does not look for private data, and says so: {fault.message}")
+        result, attempt = await prepared(case, private={"action": action})
+        for name, table in (await tables(case, result.dataset)).items():
+            if found := next((who for who in PERSON for text in table.column("text").to_pylist() if who in text), None):
+                raise Failed(f"action {action!r}: {name}.parquet holds {found!r}", attempt.text)
+        books = result.card.private
+        if books is None or books.left or not {"email", "phone", "card"} <= set(books.found):
+            raise Failed(f"action {action!r}: the card says {books}, and an e-mail address, a phone and a card number were there",
+                         attempt.text)  # fmt: skip
+    exchange = await case.call("data/1", "redact", {"texts": [f"Write to {', '.join(PERSON)}.", "Nobody."]})
+    if exchange.answered:
+        answer = msgspec.convert(exchange.body, Redacted)
+        if len(answer.texts) != 2 or answer.texts[1] != "Nobody." or any(who in answer.texts[0] for who in PERSON):
+            raise Failed("`redact` leaves private values, or changes a text that has none", exchange.text)
+
+
 @checks.add("data.describe", "describes a stored dataset as it did when it made it", "read dataset.json of the artifact")
 async def describe(case: Case) -> None:
     result, _ = await prepared(case)
@@ -168,6 +231,5 @@ async def describe(case: Case) -> None:
 )
 async def labels(case: Case) -> None:
     attempt = await attempted(case, expect_labels=["sport", "poetry"])
-    final = attempt.final
-    if final is None or final.fault is None or final.fault.whose != "client":
+    if refusal(attempt) is None:
         raise Failed("other classes than expected are not refused with a client's fault", attempt.text)

@@ -1,4 +1,7 @@
-"""`server/1`: every answer says who gave it, is complete and in order, and is refused where a newer model was asked for."""
+"""`server/1`: every answer says who gave it, is complete and in order, and is refused where a newer model was asked for.
+
+What holds of servers that generate text is in generation.py.
+"""
 
 import json
 import math
@@ -10,10 +13,11 @@ from typing import Any
 from kernelm.testing.conformance.check import Case, Checks
 from kernelm.testing.conformance.results import Failed, Skipped
 from kernelm.testing.conformance.wire import Exchange
+from kernelm_contracts.conformance import generation
 
 checks = Checks()
 TEXTS = ("The striker scored two goals in the final match.", "Shares fell after the profit warning of the bank.")
-CLASSIFY, EMBED = "classify", "embed"
+CLASSIFY, EMBED, GENERATE = "classify", "embed", "generate"
 WORDS = {"goals": 0, "match": 1, "striker": 2, "bank": 3, "profit": 4, "shares": 5}
 
 
@@ -47,15 +51,33 @@ async def prepare(case: Case) -> None:
             write_model(Path(folder))
             case.artifacts["model"] = await case.stand.store(Path(folder), "model")
     case.settings["model"] = {"name": "checked", "artifact": "@model", "generation": 3, **model}
-    case.requests.setdefault("server/1.classify", {"input": list(TEXTS)})
+    if "server/1.generate" not in case.requests:
+        case.requests.setdefault("server/1.classify", {"input": list(TEXTS)})
+
+
+def request_for(case: Case, method: str) -> dict[str, Any]:
+    """Two texts, or a prompt for one token."""
+    return {**generation.sample(case), "max_tokens": 1} if method == GENERATE else {"input": list(TEXTS)}
 
 
 async def ask(case: Case, method: str, **request: Any) -> Exchange:
-    """Call a method with two texts; Skipped where the plugin does not have it."""
-    exchange = await case.call("server/1", method, {"input": list(TEXTS), **request})
+    """Call a method with `request_for` it; Skipped where the plugin does not have it."""
+    exchange = await case.call("server/1", method, {**request_for(case, method), **request})
     if exchange.fault is not None and exchange.fault.code == "unsupported_method":
         raise Skipped(f"it has no `{method}`")
     return exchange
+
+
+async def methods(case: Case) -> list[str]:
+    """Of `classify` and `generate` those that the plugin has; Skipped if it has neither."""
+    found = []
+    for method in (CLASSIFY, GENERATE):
+        exchange = await case.call("server/1", method, request_for(case, method))
+        if exchange.fault is None or exchange.fault.code != "unsupported_method":
+            found.append(method)
+    if not found:
+        raise Skipped(f"it has neither `{CLASSIFY}` nor `{GENERATE}`")
+    return found
 
 
 async def answer(case: Case, method: str, **request: Any) -> tuple[dict[str, Any], str]:
@@ -63,6 +85,8 @@ async def answer(case: Case, method: str, **request: Any) -> tuple[dict[str, Any
     exchange = await ask(case, method, **request)
     if not exchange.answered:
         raise Failed(f"`{method}` is not answered", exchange.text)
+    if method == GENERATE:  # its last frame, before the empty end of the stream
+        return json.loads(exchange.replies[-2].body) if len(exchange.replies) > 1 else {}, exchange.text
     return exchange.body, exchange.text
 
 
@@ -80,11 +104,12 @@ async def announced(case: Case) -> None:
     "`model`, `generation` and `artifact` are those of settings.model",
 )
 async def identity(case: Case) -> None:
-    reply, text = await answer(case, CLASSIFY)
     model = case.settings["model"]
-    for field, wanted in (("model", model["name"]), ("generation", model["generation"]), ("artifact", model["artifact"])):
-        if reply.get(field) != wanted:
-            raise Failed(f"`{field}` is {reply.get(field)!r}, and should be {wanted!r}", text)
+    for method in await methods(case):
+        reply, text = await answer(case, method)
+        for field, wanted in (("model", model["name"]), ("generation", model["generation"]), ("artifact", model["artifact"])):
+            if reply.get(field) != wanted:
+                raise Failed(f"`{field}` is {reply.get(field)!r}, and should be {wanted!r}", text)
 
 
 @checks.add(
@@ -125,27 +150,30 @@ async def usage(case: Case) -> None:
     "refuses with `stale_generation` (retriable) where `at_least` is newer than its model",
     "compare `at_least` with the generation in settings.model before answering",
 )
-async def generation(case: Case) -> None:
+async def young_enough(case: Case) -> None:
     mine = case.settings["model"]["generation"]
-    await answer(case, CLASSIFY, at_least=mine)
-    exchange = await ask(case, CLASSIFY, at_least=mine + 1)
-    fault = exchange.fault
-    if fault is None or (fault.whose, fault.code, fault.retriable) != ("client", "stale_generation", True):
-        raise Failed(f"`at_least` {mine + 1} is not refused by generation {mine} with the client's retriable fault "
-                     "`stale_generation`", exchange.text)  # fmt: skip
+    for method in await methods(case):
+        await answer(case, method, at_least=mine)
+        exchange = await ask(case, method, at_least=mine + 1)
+        fault = exchange.fault
+        if fault is None or (fault.whose, fault.code, fault.retriable) != ("client", "stale_generation", True):
+            raise Failed(f"`at_least` {mine + 1} is not refused by generation {mine} with the client's retriable fault "
+                         "`stale_generation`", exchange.text)  # fmt: skip
 
 
 @checks.add("server.model", "answers for its deployment alone", "refuse another name with the client's fault `unknown_model`")
 async def other_model(case: Case) -> None:
-    name = case.settings["model"]["name"]
-    mine = await case.main.wire.ask(case.main.wire.subject("server/1", CLASSIFY, model=name), {"input": list(TEXTS)})
-    if not mine.answered:
-        raise Failed(f"it does not answer on model.{name}", mine.text)
-    others = [await case.main.wire.ask(case.main.wire.subject("server/1", CLASSIFY, model="another"), {"input": list(TEXTS)}),
-              await ask(case, CLASSIFY, model="another")]  # fmt: skip
-    for exchange in others:
-        if exchange.fault is None or exchange.fault.code != "unknown_model":
-            raise Failed("another model's name is not refused with `unknown_model`", exchange.text)
+    name, wire = case.settings["model"]["name"], case.main.wire
+    for method in await methods(case):
+        request = request_for(case, method)
+        mine = await wire.ask(wire.subject("server/1", method, model=name), request)
+        if not mine.answered:
+            raise Failed(f"it does not answer on model.{name}", mine.text)
+        others = [await wire.ask(wire.subject("server/1", method, model="another"), request),
+                  await ask(case, method, model="another")]  # fmt: skip
+        for exchange in others:
+            if exchange.fault is None or exchange.fault.code != "unknown_model":
+                raise Failed("another model's name is not refused with `unknown_model`", exchange.text)
 
 
 @checks.add(
@@ -160,3 +188,6 @@ async def embeddings(case: Case) -> None:
     for vector in reply["embeddings"]:
         if abs(math.hypot(*vector) - 1) > 1e-3:
             raise Failed(f"a vector has the length {math.hypot(*vector):.4f}", text)
+
+
+checks.all.extend(generation.checks.all)

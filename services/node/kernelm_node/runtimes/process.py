@@ -1,6 +1,7 @@
 """Runtime `process`: a process of its own, in a session of its own, so that it outlives the node and can be killed with
 all its children. It is forked from a parent that has imported the plugin already (warm.py), or, where that is not to be had,
-started as `python -m kernelm_sdk.runner`. Limits are control groups' (groups.py). The same user owns all processes, so there
+started as `python -m kernelm_sdk.runner`. A plugin in another language is its manifest's `command`, started in the plugin's
+folder (commands.py). Limits are control groups' (groups.py). The same user owns all processes, so there
 is no isolation; GPUs are shared out by the scheduler and not enforced."""
 
 import asyncio
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import psutil
 
+from kernelm_node.runtimes.commands import resolve
 from kernelm_node.runtimes.groups import Groups, kill_all, remove
 from kernelm_node.runtimes.oom import OomWitness
 from kernelm_node.runtimes.pidfd import ended, exit_code, open_pidfd, started_at
@@ -112,6 +114,9 @@ class ProcessRuntime(Runtime):
     async def start(self, launch: Launch) -> Task:
         groups = self._groups.make(launch.instance, launch.limits)
         try:
+            if launch.manifest.command:
+                program, folder = await asyncio.to_thread(resolve, launch)
+                return self.popen(launch, program, groups, folder)
             if self.command == self.warm_command:
                 try:
                     pid, parent = await self._warm.fork(launch, groups)
@@ -123,14 +128,14 @@ class ProcessRuntime(Runtime):
             await self._remove(groups)
             raise
 
-    def popen(self, launch: Launch, command: tuple[str, ...], groups: list[Path]) -> Task:
-        """`command` as a process of its own in `groups`."""
+    def popen(self, launch: Launch, command: tuple[str, ...], groups: list[Path], folder: Path | None = None) -> Task:
+        """`command` as a process of its own in `groups`, started in `folder` or the instance's scratch folder."""
         if shutil.which(command[0]) is None:  # told here also when a shell would be the one to find out
             raise KernelFault("can_not_start", f"{launch.instance}: {command[0]} is no program", "look at the path that is named")
         full = ("/bin/sh", "-c", JOIN, "kernelm-join", *(str(g) for g in groups), "--", *command) if groups else command
         try:
             with launch.log.open("ab") as output:
-                child = subprocess.Popen(full, env=launch.environment, cwd=launch.scratch, stdin=subprocess.DEVNULL,
+                child = subprocess.Popen(full, env=launch.environment, cwd=folder or launch.scratch, stdin=subprocess.DEVNULL,
                                          stdout=output, stderr=output, start_new_session=True)  # fmt: skip
         except OSError as error:
             raise KernelFault("can_not_start", f"{launch.instance}: {error}", "look at the path that the message names") from error

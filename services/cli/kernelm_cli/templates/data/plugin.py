@@ -18,6 +18,8 @@ class FolderData(Plugin, Data):
     async def prepare(self, request: PrepareRequest, job: Job) -> Prepared:
         if request.tokenize.tokenizer or request.format != "folders":
             raise ClientFault("invalid", "this plugin reads folders and makes no token ids", "use another plugin for data/1")
+        if request.private is not None:
+            raise ClientFault("invalid", "private: this plugin does not look for private data", "use another plugin for data/1")
         out = job.scratch / "dataset"
         out.mkdir()
         card = await job.in_thread(self.write, await self.context.artifact(request.source), out, request)

@@ -1,0 +1,104 @@
+"""The effects of a corpus job: artifacts in, checkpoints on the way."""
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from kernelm_contracts.data import DatasetCard, Input, PrepareRequest
+from kernelm_data.settings import DataSettings
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.plugin import Job
+
+CHAIN = "chain.json"  # in a checkpoint: the digests of the checkpoints before it, each with other shards
+
+
+def inputs_of(request: PrepareRequest, settings: DataSettings) -> tuple[Input, ...]:
+    """`source` and `inputs`. ClientFault `not_granted` for a URL outside what the settings grant."""
+    given = (Input(artifact=request.source, format=request.format),) if request.source else ()
+    for i, each in enumerate(request.inputs):
+        if each.url and not granted(each.url, settings.urls):
+            raise ClientFault("not_granted", f"inputs[{i}].url: {each.url} is not granted to the data plugin",
+                              "put the files into an artifact, or add a prefix of the address to urls in the plugin's settings")  # fmt: skip
+    return (*given, *request.inputs)
+
+
+def granted(url: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a URL lies under one of the prefixes; local paths are compared without `..` and symbolic links."""
+    if "://" not in url:
+        return any("://" not in prefix and Path(url).resolve().is_relative_to(Path(prefix).resolve()) for prefix in prefixes)
+    return ".." not in url and any("://" in prefix and (url + "/").startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
+
+
+async def chain_of(job: Job) -> list[str]:
+    """The checkpoints of earlier attempts, oldest first."""
+    if not job.checkpoint:
+        return []
+    folder = await job.context.artifact(job.checkpoint)
+    return [*msgspec.json.decode((folder / CHAIN).read_bytes(), type=list[str]), job.checkpoint]
+
+
+def _copy(tree: Path, work: Path) -> None:
+    shutil.copytree(tree, work, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    (work / CHAIN).unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """Stores finished shards, each in one checkpoint; called from the thread that works."""
+
+    def __init__(self, job: Job, work: Path, chain: list[str]) -> None:
+        self._job, self._work, self._chain = job, work, chain
+
+    def save(self, folders: list[str]) -> None:
+        """Store these folders of the work folder."""
+        tree = self._job.scratch / "checkpoint"
+        shutil.rmtree(tree, ignore_errors=True)
+        for name in folders:
+            shutil.copytree(self._work / name, tree / name, copy_function=_link)
+        for name in ("inputs.sha256", "tokenizer.json"):
+            if (self._work / name).exists():
+                shutil.copyfile(self._work / name, tree / name)
+        (tree / CHAIN).write_bytes(msgspec.json.encode(self._chain))
+        self._chain.append(self._job.wait(self._job.save(tree, shards=len(folders))))
+        shutil.rmtree(tree)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+async def prepare_corpus(request: PrepareRequest, job: Job, settings: DataSettings, key: bytes, out: Path) -> DatasetCard:
+    """Prepare a corpus into `out`; goes on from the job's checkpoint if it has one."""
+    from kernelm_data.corpus.pipeline import Sources, prepare
+
+    inputs = inputs_of(request, settings)
+    artifact = job.context.artifact
+    sources = Sources(
+        inputs,
+        tuple([await artifact(given.artifact) if given.artifact else None for given in inputs]),
+        await artifact(request.tokenize.tokenizer) if request.tokenize.tokenizer else None,
+        tuple([await artifact(digest) for digest in request.against]),
+        tuple([await artifact(digest) for digest in request.test_sets]),
+        await artifact(request.store.append_to) if request.store.append_to else None,
+    )
+    work = job.scratch / "work"
+    work.mkdir(exist_ok=True)
+    chain = await chain_of(job)
+    for digest in chain:
+        await job.in_thread(_copy, await artifact(digest), work)
+    checkpoints = Checkpoints(job, work, chain)
+
+    def say(fraction: float, phase: str, message: str, rate: float) -> None:
+        job.progress(fraction, phase, message, mb_per_s=rate)
+
+    def run() -> DatasetCard:
+        return prepare(sources, request, work, out, say, workers=job.threads or os.cpu_count() or 1, key=key, save=checkpoints.save)
+
+    card = await job.in_thread(run)
+    await job.in_thread(shutil.rmtree, work)
+    return card
+
