@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -44,9 +45,9 @@ from kernelm_sdk.system import Artifact, Artifacts, PoolSpec, PutArtifact, Resou
 sys.path.insert(0, str(Path(__file__).parent))
 from reporting import ROOT, conditions, finish, quantile
 
-DAY_S = float(os.environ.get("DAY_S", "90"))
+DAY_S = float(os.environ.get("DAY_S", "80"))
 DAYS = int(os.environ.get("DAYS", "2"))
-NOON = float(os.environ.get("NOON", "0.5"))
+NOON = float(os.environ.get("NOON", "0.4"))
 OBJECTIVE_MS = float(os.environ.get("OBJECTIVE_MS", "1500"))
 JOBS = int(os.environ.get("JOBS", "5"))
 EPOCHS = int(os.environ.get("EPOCHS", "8"))
@@ -166,7 +167,8 @@ class Accountant:
 @asynccontextmanager
 async def machine(home: Path) -> AsyncIterator[System]:
     installed, _ = find_manifests()
-    async with System(home, manifests=installed) as system:
+    manifests = {name: replace(m, default=False) for name, m in installed.items()}  # no pools but those with our settings
+    async with System(home, manifests=manifests) as system:
         (home / "jobs.toml").write_text(TENANTS)
         await system.service("artifacts")
         await system.service("node", KERNELM_NODE_CPU=str(CORES), KERNELM_NODE_MEMORY_MB="16000")
@@ -234,7 +236,7 @@ async def train(system: System, dataset: str, base: str) -> list[JobRecord]:
     for half in range(2):
         for number in range(half, JOBS, 2):
             for tenant in ("lab", "course"):
-                request = {"dataset": dataset, "base": base, "epochs": EPOCHS, "seed": number, "checkpoint_every_s": 3.0,
+                request = {"dataset": dataset, "base": base, "epochs": EPOCHS, "seed": number, "checkpoint_every_s": 2.0,
                            "learning_rate": 1e-4 if tenant == "lab" else 2e-4, "report_test": False}  # fmt: skip
                 spec = JobSpec(f"{tenant}-{number}", "trainer/1.train", request, Resources(TRAINING, 512), tenant=tenant,
                                preemptible=tenant == "course")  # fmt: skip

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import psutil
 import pytest
@@ -26,6 +28,8 @@ from kernelm_sdk.system import (
     ArtifactName,
     Artifacts,
     Kernel,
+    KeyCreated,
+    KeyRequest,
     LoadRequest,
     Node,
     PutArtifact,
@@ -114,12 +118,16 @@ class Desk:
         """`kernel/1.load` without any command in between; the swap at its end."""
         digest, manifest = await self.store(path)
         swap: Swap = await self.system.admin.call(Kernel.load, LoadRequest(manifest=text or manifest, source=digest, **more))
+        return await self.over(swap.id)
 
-        async def over() -> Swap | None:
-            return next((s for s in (await self.system.state()).swaps if s.id == swap.id and s.over), None)
+    async def over(self, id: str) -> Swap:
+        """A swap at its end."""
 
-        ended: Swap = await until(over, 60, "the end of the swap")
-        return ended
+        async def ended() -> Swap | None:
+            return next((s for s in (await self.system.state()).swaps if s.id == id and s.over), None)
+
+        swap: Swap = await until(ended, 60, "the end of the swap")
+        return swap
 
     async def unload(self, pool: str) -> None:
         await self.system.admin.call(Kernel.unload, UnloadRequest(pool, True), timeout_s=60.0)
@@ -197,6 +205,25 @@ async def test_a_plugin_that_is_not_as_signed_is_refused_with_the_reason(desk: D
     assert swap.phase == "failed"
     assert wanted in swap.outcome
     assert not desk.ran(number)
+
+
+async def test_an_administrators_api_key_gets_no_further(desk: Desk) -> None:
+    """Over HTTP (gRPC has the same gate): the refusal is the node's, and allowing what is not signed is not open to API keys."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    await desk.system.service("gateway", KERNELM_HTTP_PORT=str(port), KERNELM_GRPC_PORT="0")
+    made: KeyCreated = await desk.system.admin.call(Kernel.create_key, KeyRequest("ops", admin=True))
+    digest, manifest = await desk.store(desk.plugin())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1/kernel", timeout=30.0,
+                                 headers={"Authorization": f"Bearer {made.secret}"}) as client:  # fmt: skip
+        asked = await client.post("/load", json={"manifest": manifest, "source": digest})
+        assert asked.status_code == 200, asked.text
+        swap = await desk.over(asked.json()["id"])
+        assert swap.by == f"key-{made.key.id}"
+        assert "greet 1 is not signed (untrusted)" in swap.outcome
+        assert (await client.post("/allow-unsigned", json={"digest": digest})).status_code == 404
+    assert not desk.ran()
 
 
 async def test_an_administrator_may_allow_these_files_and_no_others(desk: Desk) -> None:

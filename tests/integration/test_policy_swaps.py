@@ -5,6 +5,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 from kernelm.testing.harness import System, until
@@ -39,7 +40,7 @@ TRAINER = Manifest("trainer", "1", "for this test", ("trainer/1",), "test_policy
 async def system() -> AsyncIterator[System]:
     Stepper.done = Counter()
     installed, _ = find_manifests()
-    manifests = {"trainer": TRAINER, **{name: installed[name] for name in ORDER}}
+    manifests = {"trainer": TRAINER, **{name: msgspec.structs.replace(installed[name], default=False) for name in ORDER}}
     async with System(manifests=manifests) as system:
         await system.service("node")
         await system.node({"trainer": (TRAINER, Stepper)}, "node-steps")

@@ -2,24 +2,29 @@
 jobs of two tenants. Quotas hold at every moment, the model keeps its objective, every job is done, and nothing is lost.
 
 What they do is a matter of time alone (a call occupies its replica, a training takes its steps), so that a busy machine spoils
-nothing; `make bench-tenants` does the same with real models and real training.
+nothing; `make bench-tenants` does the same with real models and real training. With PICTURE=<file.png> the schedule is drawn.
 """
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import datetime
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from kernelm.testing.harness import System, until
 from kernelm.testing.node import InlineNode
+from kernelm_cli.timeline import draw, lanes
 from kernelm_contracts.jobs import DEPLOY, Deployment, JobList, JobQuery, JobRecord, Jobs, JobSpec
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, ServedModel, Server
 from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin
 from kernelm_sdk.errors import Fault
+from kernelm_sdk.events import received
 from kernelm_sdk.plugin import Call, Job, Manifest, Plugin
 from kernelm_sdk.system import PoolSpec, Resources
 
@@ -119,11 +124,13 @@ class Load:
     def __init__(self, system: System) -> None:
         self.bus, self.rate, self.faults = system.admin, 2.0, list[Fault]()
         self.took: list[tuple[float, float]] = []  # (due, seconds)
+        self.rates: list[tuple[float, float]] = []  # (due, calls/s)
         self._calls: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         due = time.monotonic()
         while True:
+            self.rates.append((due, self.rate))
             due += 1.0 / self.rate
             await asyncio.sleep(max(due - time.monotonic(), 0.0))
             task = asyncio.create_task(self._call(due))
@@ -189,6 +196,21 @@ async def submit(system: System, tenant: str, name: str, cpu: float, **more) -> 
     return job
 
 
+async def picture(system: System, load: Load, path: Path) -> None:
+    """The events of the job table, drawn."""
+    found = []
+    for pattern in ("evt.job.state.jobs", "evt.model.scaled.jobs"):
+        async for number, subject, body, headers in system.admin.read("EVT", pattern):
+            event = received(subject, body, headers, number)
+            found.append((datetime.fromisoformat(event.time).timestamp(), event.event))
+    shift, latency = time.time() - time.monotonic(), {}
+    for due, took in load.took:
+        latency.setdefault(due + shift - (due + shift) % 1.0, []).append(took * 1e3)
+    curves = [("calls/s", [(due + shift, rate) for due, rate in load.rates]),
+              (f"slowest call, ms\n(within {OBJECTIVE_MS:g})", [(at, max(ms)) for at, ms in sorted(latency.items())])]  # fmt: skip
+    draw(path, lanes(sorted(found, key=lambda f: f[0]), time.time()), CORES, curves, "a model (shop) and two tenants' training")
+
+
 async def test_quotas_objective_and_jobs_through_a_day(system: System) -> None:
     model = {"name": "news", "model": "sha256:" + "a" * 64, "maximum": 3, "objective_ms": OBJECTIVE_MS}
     deploy = JobSpec("deploy", DEPLOY, model, Resources(1.0, 500), tenant="shop")
@@ -229,6 +251,8 @@ async def test_quotas_objective_and_jobs_through_a_day(system: System) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     await load.settled()
+    if path := os.environ.get("PICTURE"):
+        await picture(system, load, Path(path))
 
     assert not load.faults  # nothing was lost
     assert busy <= OBJECTIVE_MS

@@ -226,6 +226,18 @@ async def test_a_revocation_survives_the_kernel_and_the_broker(system: System) -
     await refused()
 
 
+async def test_who_is_refused_is_told_so_in_time(system: System) -> None:
+    """nats-py's connect swallows a cancellation now and then, and would go on for ever: with many at once it does."""
+    seed = new_seed()
+    made = await system.admin.call(Kernel.create_key, KeyRequest("acme", ("news",), public_key=public_key(seed)))
+    await system.admin.call(Kernel.revoke_key, KeyName(made.key.id))
+    credentials = Credentials(f"key-{made.key.id}", made.jwt, seed)
+    trying = [asyncio.create_task(Bus.connect(system.broker.url, credentials, timeout_s=2)) for _ in range(20)]
+    _, left = await asyncio.wait(trying, timeout=60)
+    assert not left
+    assert {getattr(t.exception(), "code", None) for t in trying} == {"unauthorized"}
+
+
 async def test_a_rotated_key_of_a_client_opens_until_its_overlap_ends(system: System) -> None:
     old, new = new_seed(), new_seed()
     made = await system.admin.call(Kernel.create_key, KeyRequest("acme", ("news",), public_key=public_key(old), admin=True))

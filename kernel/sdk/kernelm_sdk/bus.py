@@ -79,12 +79,13 @@ class Bus(Storage):
                 await callback()
 
         try:
-            await asyncio.wait_for(link.client.connect(
-                self._url, name=self.user, user_jwt_cb=link.jwt, signature_cb=link.sign, inbox_prefix=link.inbox, tls=self._tls,
+            await link.connect(
+                self._url, timeout_s, name=self.user, user_jwt_cb=link.jwt, signature_cb=link.sign, inbox_prefix=link.inbox,
+                tls=self._tls,
                 skip_subject_validation=True,  # subjects are made of checked tokens: see `_subject`
                 max_reconnect_attempts=-1, reconnect_time_wait=0.1, ping_interval=1, max_outstanding_pings=3,
                 error_cb=on_error, disconnected_cb=on_disconnect, reconnected_cb=on_reconnect,
-            ), timeout_s)  # fmt: skip
+            )
         except Exception as error:
             await link.close()
             cause = refusals.last or str(error) or type(error).__name__

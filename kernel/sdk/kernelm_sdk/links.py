@@ -54,6 +54,17 @@ class Link:
     def sign(self, nonce: str) -> bytes:
         return base64.b64encode(nkeys.from_seed(self.credentials.seed.encode()).sign(nonce.encode()))
 
+    async def connect(self, url: str, timeout_s: float, **options: Any) -> None:
+        """Connect within `timeout_s`, or raise TimeoutError or what nats-py raises; it tries again and again until then."""
+        connecting = asyncio.create_task(self.client.connect(url, **options))
+        try:
+            await asyncio.wait([connecting], timeout=timeout_s)
+            if not connecting.done():
+                raise TimeoutError
+            connecting.result()
+        finally:
+            await _end(connecting)
+
     async def barrier(self) -> None:
         """All that was sent before has reached the broker, and all that the broker sent before is handled. nats-py's flush
         writes its ping past the commands that wait in its buffer, so one flush proves nothing; the second one's ping follows
@@ -69,11 +80,15 @@ class Link:
             await self.client.flush(flush_s)
         with contextlib.suppress(Exception):
             await self.client.close()
-        # after a refusal nats-py may go on reconnecting in the background, and that task may swallow a cancellation
-        again = self.client._reconnection_task
-        while again is not None and not again.done() and again is not asyncio.current_task():
-            again.cancel()
-            await asyncio.wait([again], timeout=0.1)
+        if self.client._reconnection_task is not None:  # after a refusal nats-py may go on reconnecting in the background
+            await _end(self.client._reconnection_task)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task of nats-py's: its loops may swallow a cancellation, so it is said until it is heard."""
+    while not task.done() and task is not asyncio.current_task():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
 
 
 class Refusals:
@@ -99,8 +114,10 @@ class Refusals:
             self._row += 1
             self.last = text if told or not self._told else self.last
             self._told = self._told or told
-        elif isinstance(error, OSError):  # nobody is there
+        elif isinstance(error, ConnectionRefusedError):  # nobody is there
             self._row, self._told, self.last = 0, False, text
+        else:
+            self.last = self.last or text
         return self._row > 0 and self._row % SHUT_OUT == 0
 
 

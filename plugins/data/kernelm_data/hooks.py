@@ -19,8 +19,8 @@ class Filters:
 
     @hookspec(firstresult=True)
     def reason_against(self, text: str, label: str) -> str | None:
-        """Why the document shall not be in the dataset, in a few words that name no part of it (they are counted in the card); "" or
-        None to keep it. The same for the same text, whatever came before: nothing says in which order they come."""
+        """Why the document shall not be in the dataset, in a few words that name no part of it (they are counted in the card);
+        "" or None to keep it. The same for the same text, whatever came before: nothing says in which order they come."""
         raise NotImplementedError
 
 

@@ -20,7 +20,8 @@ NOTHING = Split(validation=0.0, test=0.0)
 
 
 def text(n: int) -> str:
-    return f"Document number {n} tells of a {chr(97 + n % 26) * 5} and of {n * 7919} other things, none of which is in another document."
+    of = f"of a {chr(97 + n % 26) * 5} and of {n * 7919} other things"
+    return f"Document number {n} tells {of}, none of which is in another document."
 
 
 @pytest.fixture
@@ -76,10 +77,10 @@ def test_a_line_longer_than_a_document_may_be(corpus, tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     with (folder / "a.jsonl").open("wb") as file:
-        file.write(json.dumps({"text": text(1)}).encode() + b"\n{\"text\": \"")
+        file.write(json.dumps({"text": text(1)}).encode() + b'\n{"text": "')
         for _ in range(30):
             file.write(b"x" * 100_000)
-        file.write(b"\"}\n" + json.dumps({"text": text(2)}).encode() + b"\n")
+        file.write(b'"}\n' + json.dumps({"text": text(2)}).encode() + b"\n")
     (folder / "b.txt").write_bytes(b"y" * 3_000_000)
     card, rows, _ = corpus(folder, limits=Limits(document_mb=1.0))
     assert read(card) == {"larger than limits.document_mb": 2}
@@ -93,7 +94,7 @@ def test_invalid_utf8(corpus, tmp_path):
     (folder / "b.txt").write_bytes("Die Börse schloß gestern höher als am Tag davor.".encode("cp1252"))
     (folder / "c.jsonl").write_bytes(b'{"text": "caf\xe9 au lait, and a croissant"}\n' + json.dumps({"text": text(1)}).encode())
     card, rows, _ = corpus(folder)
-    assert read(card) == {"broken utf-8": 1, "invalid JSON": 1}
+    assert read(card) == {"broken utf-8": 2}
     assert rows["b.txt"]["text"].startswith("Die Börse schloß")
     assert card.steps[0].changed == {"decoded from cp1252": 1}
 
@@ -119,8 +120,12 @@ def test_zip_bomb(corpus, tmp_path):
         archive.writestr("good.txt", text(1))
         archive.writestr("inner.zip", b"PK")
         archive.writestr("../../escape.txt", text(2))
-    card, rows, lost = corpus(folder, limits=Limits(document_mb=500.0))
-    assert read(card) == {"unpacks to more than limits.expansion": 1, "an archive within an archive": 1, "a path out of the archive": 1}
+    card, rows, _ = corpus(folder, limits=Limits(document_mb=500.0))
+    assert read(card) == {
+        "unpacks to more than limits.expansion": 1,
+        "an archive within an archive": 1,
+        "a path out of the archive": 1,
+    }
     assert list(rows) == ["bomb.zip/good.txt"]
     (folder / "bomb.zip").unlink()
     (folder / "bomb.txt.gz").write_bytes(gzip.compress(b" " * 200_000_000))
@@ -216,7 +221,8 @@ def test_a_document_whose_parser_kills_the_process(corpus, tmp_path, monkeypatch
         "    def parse(text):\n"
         "        if 'page of death' in text: os.abort()\n"
         "        return real.parse(text)\n"
-        "real, html.HTMLTree = html.HTMLTree, Tree\n")
+        "real, html.HTMLTree = html.HTMLTree, Tree\n"
+    )
     card, rows, lost = corpus(folder, workers=2, store=Store(shard_mb=0.0002))
     assert read(card) == {"kills its parser": 1}
     assert sorted(rows) == ["0.html", "1.html", "2.html", "4.html", "5.html"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from kernelm.testing.hooks import install
@@ -46,3 +47,15 @@ def test_a_broken_filter_drops_nothing_and_stands_in_the_card(place: Path, name:
     assert [d.text for d in documents] == ["one", "three", "FOUR"], "not even what it had said before it raised"
     assert steps[0].changed == {f"left out: {why}": 0}
     assert (steps[1].reasons, len(dropped)) == ({"two": 1}, 1)
+
+
+def test_a_filter_is_part_of_the_pipeline(place: Path, source: Path, run) -> None:
+    install(place, GROUP, "data-even", "@hookimpl\ndef reason_against(text): return 'odd length' if len(text) % 2 else None\n")
+    card, folder = run(source)
+    step = next(s for s in card.steps if s.name == "filter data-even")
+    assert 0 < step.reasons["odd length"] < 30
+    texts = [text for split in card.splits for text in pq.read_table(folder / f"{split}.parquet")["text"].to_pylist()]
+    assert texts
+    assert not [t for t in texts if len(t) % 2]
+    assert sum(s.documents for s in card.splits.values()) == len(texts)
+    assert "odd length" in (folder / "dropped.jsonl").read_text()

@@ -1,5 +1,5 @@
 """The hook of `optimizer/1`: a sampler that adds candidates to a search, as a function of an installed distribution
-(kernelm_sdk.hooks). It runs in this plugin's process, and the candidates that it names are trained, measured and reported as all others.
+(kernelm_sdk.hooks). It runs in this plugin's process, and what it names is trained, measured and reported like the rest.
 
     [project.entry-points."kernelm.hooks.optimizer"]
     small-rates = "my_samplers"
@@ -20,8 +20,8 @@ class Samplers:
 
     @hookspec(firstresult=True)
     def candidates(self, request: OptimizeRequest) -> list[Candidate] | None:
-        """Further candidates for a search, each with `train` or `model`; their names are put behind the sampler's own. The same for the
-        same request: a search that is resumed asks again, and looks its candidates up by their names."""
+        """Further candidates for a search, each with `train` or `model`; their names are put behind the sampler's own. The same for
+        the same request: a search that is resumed asks again, and looks its candidates up by their names."""
         raise NotImplementedError
 
 

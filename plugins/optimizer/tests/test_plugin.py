@@ -17,11 +17,13 @@ import pytest
 
 import kernelm_optimizer
 from kernelm.testing.harness import until
+from kernelm.testing.hooks import install
 from kernelm_contracts.data import DatasetCard
 from kernelm_contracts.jobs import JobRecord, Jobs, JobSpec
 from kernelm_contracts.optimizer import Candidate, CandidateMeasured, Optimized, OptimizeRequest
 from kernelm_contracts.server import Measured, Measurement
 from kernelm_contracts.trainer import Scores, Trained, TrainRequest
+from kernelm_optimizer.hooks import GROUP
 from kernelm_optimizer.plugin import OptimizerPlugin
 from kernelm_optimizer.quantize import read_card
 from kernelm_optimizer.settings import Settings
@@ -287,3 +289,14 @@ def test_the_manifest_lists_what_the_plugin_calls():
     assert manifest.contracts == ("optimizer/1",)
     assert set(manifest.calls) == {"jobs/1.submit", "jobs/1.get", "jobs/1.cancel"}
     assert manifest.entry == f"{OptimizerPlugin.__module__}:{OptimizerPlugin.__qualname__}"
+
+
+async def test_a_samplers_candidates_are_searched_as_all_others(world, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, GROUP, "sampled", "from kernelm_contracts.optimizer import Candidate\n"
+            "from kernelm_contracts.trainer import TrainRequest\n@hookimpl\ndef candidates(request):\n"
+            "    return [Candidate('more', train=TrainRequest('', structure='tfidf-linear', epochs=2))]\n")  # fmt: skip
+    found = await world.search(GOOD)
+    rows = {row.name: row for row in found.rows}
+    assert rows["sampled-more"].measurement is not None
+    assert rows["sampled-more"].outcome in ("measured", "winner")

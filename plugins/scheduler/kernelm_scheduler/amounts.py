@@ -74,6 +74,11 @@ def size(allocation: Iterable[Share]) -> int:
     return sum(share.members for share in allocation)
 
 
+def plannable(job: PendingJob | PlacedJob) -> bool:
+    """Whether enough is known of an elastic job to size it together with others (`goodput.py`)."""
+    return job.most > job.members and job.request.gpus > 0 and any(s.type for s in job.speeds)
+
+
 def left_s(job: PendingJob) -> float:
     """Run time by what is known, with the fewest members on the fastest devices; 0 for not known."""
     if job.remaining > 0 and job.speeds and (rate := max(speed_at(s, job.members) for s in job.speeds)) > 0:

@@ -3,9 +3,9 @@
     [project.entry-points."kernelm.hooks.scheduler"]
     cheap-power = "my_scores"
 
-It runs in this plugin's process, in every round: what it costs, a round costs. Each term lies between 0 and 1 and counts `weights.hooks`
-beside the three of `settings.Weights`; where a job fits at all, quotas and order are none of its business. All nodes must have the same
-ones installed, since any instance may answer.
+It runs in this plugin's process, in every round: what it costs, a round costs. Each term lies between 0 and 1 and counts
+`weights.hooks` beside the three of `settings.Weights`; where a job fits at all, quotas and order are none of its business. All
+nodes must have the same ones installed, since any instance may answer.
 """
 
 import numpy as np
@@ -15,15 +15,16 @@ from kernelm_sdk.hooks import Hooks, hookspec
 from kernelm_sdk.system import Resources
 
 GROUP = "kernelm.hooks.scheduler"
+Matrix = NDArray[np.float64]
 
 
 class Scores:
     """What a distribution implements."""
 
     @hookspec(firstresult=True)
-    def score_nodes(self, tenant: str, request: Resources, nodes: tuple[str, ...], free: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For a member of a job of `tenant` that asks for `request`: how good each of `nodes` is, from 0 to 1. `free`: what is left of
-        each now, a row a node: cores, MiB, GPUs. Pure: no clock, no files, no memory of earlier calls."""
+    def score_nodes(self, tenant: str, request: Resources, nodes: tuple[str, ...], free: Matrix) -> Matrix:
+        """For a member of a job of `tenant` that asks for `request`: how good each of `nodes` is, from 0 to 1. `free`: what is left
+        of each now, a row a node: cores, MiB, GPUs. Pure: no clock, no files, no memory of earlier calls."""
         raise NotImplementedError
 
 
@@ -41,7 +42,7 @@ class Scoring:
         """What all terms count together, at most."""
         return self._weight * len(self._hooks.names)
 
-    def __call__(self, tenant: str, request: Resources, nodes: tuple[str, ...], free: NDArray[np.float64]) -> NDArray[np.float64]:
+    def __call__(self, tenant: str, request: Resources, nodes: tuple[str, ...], free: Matrix) -> Matrix:
         """The weighted sum of the terms of each node. A function that raises, or answers anything else, is quarantined."""
         total = np.zeros(len(nodes))
         for name, answer in self._hooks.call("score_nodes", tenant=tenant, request=request, nodes=nodes, free=free.copy()):
@@ -51,8 +52,8 @@ class Scoring:
                 self._hooks.quarantine(name, f"score_nodes answered no numbers: {error}")
                 continue
             if term.shape != total.shape or not ((term >= 0) & (term <= 1)).all():  # a NaN fails this too
-                self._hooks.quarantine(name, f"score_nodes answered an array of shape {term.shape} for {len(nodes)} nodes, or a number "
-                                       "that is not between 0 and 1")  # fmt: skip
+                what = f"an array of shape {term.shape} for {len(nodes)} nodes, or a number that is not between 0 and 1"
+                self._hooks.quarantine(name, f"score_nodes answered {what}")
                 continue
             total += self._weight * term
         return total

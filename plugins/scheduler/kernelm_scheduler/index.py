@@ -25,7 +25,7 @@ from kernelm_contracts.scheduler import (
     Share,
     Tenant,
 )
-from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, size, speed_at
+from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, plannable, size, speed_at
 from kernelm_scheduler.hooks import Scoring
 from kernelm_scheduler.ordering import rank
 from kernelm_scheduler.settings import Settings
@@ -72,6 +72,8 @@ class Index:
         self.actions: frozenset[Action] = frozenset()
         self.order: list[Entry] = []
         self.deadlines: set[str] = set()  # waiting jobs that have one
+        self.measured: set[str] = set()  # placed jobs with a speed-up curve
+        self.plannable: set[str] = set()  # jobs that are sized together
         self.asks: dict[str, Ask] = {}  # waiting job -> its class
         self.held: dict[str, Amount] = {}
         self.spread: dict[str, Matrix] = {}  # tenant -> its jobs on each node
@@ -102,6 +104,10 @@ class Index:
         self._drop_pending([*delta.gone, *(j.id for j in delta.pending), *(j.id for j in delta.placed)])
         for job in delta.placed:
             self.placed[job.id] = job
+            if job.speeds:
+                self.measured.add(job.id)
+            if plannable(job):
+                self.plannable.add(job.id)
             self._ends(job)
             self._hold(job.tenant, job.id, job.request, allocation_of(job), touched)
         self._add_pending(delta.pending)
@@ -138,6 +144,8 @@ class Index:
 
     def _drop_placed(self, id: str, touched: set[str]) -> None:
         self.ending.pop(id, None)
+        self.measured.discard(id)
+        self.plannable.discard(id)
         if old := self.placed.pop(id, None):
             self._release(old.tenant, id, allocation_of(old), touched)
 
@@ -161,6 +169,8 @@ class Index:
         many = len(jobs) * 16 > len(self.order)
         for job in jobs:
             self.pending[job.id] = job
+            if plannable(job):
+                self.plannable.add(job.id)
             ask = Ask.of(job)
             ask, uses = self._classes.get(ask.key, (ask, 0))
             self._classes[ask.key] = ask, uses + 1

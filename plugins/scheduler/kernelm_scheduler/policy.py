@@ -9,10 +9,11 @@ Filter and score after the Kubernetes scheduling framework, age after Slurm's mu
 from heapq import heapify, heappop, heapreplace
 
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, ModelState, PendingJob, PlacedJob, Share
-from kernelm_scheduler.amounts import allocation_of, amount_of, duration, size, words
+from kernelm_scheduler.amounts import allocation_of, amount_of, duration, plannable, size, words
 from kernelm_scheduler.backfill import Reservations
 from kernelm_scheduler.elastic import Growing
 from kernelm_scheduler.explain import impossible, waits
+from kernelm_scheduler.goodput import Holding, Planning
 from kernelm_scheduler.index import Ask, Entry, Index
 from kernelm_scheduler.ordering import effective, too_late, urgent
 from kernelm_scheduler.preemption import Offers, Piece, free_for, movable, without
@@ -85,6 +86,8 @@ class Round:
         self._leaving = sorted((p for p in index.placed.values() if p.leaving), key=lambda p: p.id)
         self._coming: set[str] = set()  # jobs for which others are being stopped already
         self._done: set[str] = set()  # jobs that were helped to a place
+        self._hoping: list[PendingJob] = []  # elastic jobs that found no room: the plan may make some
+        self._plans = self._may_plan()
         self.reserved: dict[str, float] = {}  # waiting job with a reservation -> when it starts, 0 for not known
 
     def run(self) -> None:
@@ -92,7 +95,9 @@ class Round:
             if "scale" in self.index.actions:
                 self._scale(model)
         self._borrowing(self._within_nominal())
-        if "resize" in self.index.actions:
+        if self._plans:
+            self._plan()
+        elif "resize" in self.index.actions:
             self._grow()
         if "migrate" in self.index.actions:
             self._move()
@@ -171,6 +176,9 @@ class Round:
     def _late(self, job: PendingJob, ask: Ask) -> bool:
         """Help one of the first jobs that find no room, or reserve for it; whether that was tried."""
         if ask in self._full:
+            return False
+        if self._plans and plannable(job):
+            self._hoping.append(job)
             return False
         if self._help(job, ask):
             return True
@@ -333,8 +341,38 @@ class Round:
 
     def _resting(self) -> list[PlacedJob]:
         rest_s = self.settings.elastic.rest_s
-        placed = [p for id, p in sorted(self.index.placed.items()) if p.speeds and id not in self.changed]
+        placed = [self.index.placed[id] for id in sorted(self.index.measured) if id not in self.changed]
         return [p for p in placed if movable(self.index, p, rest_s)]
+
+    def _may_plan(self) -> bool:
+        """Whether elastic jobs are sized together, and not one member after the other."""
+        if not self.index.actions >= {"preempt", "resize", "migrate"} or not self.settings.elastic.planned:
+            return False
+        return 0 < len(self.index.plannable) <= self.settings.elastic.planned
+
+    def _plan(self) -> None:
+        new = {job.id: (at, Holding(job, shares, plugin)) for at, job, shares, plugin in self.placed if plannable(job)}
+        running = [Holding(p, allocation_of(p), next(iter(p.plugins), "")) for p in self._resting() if plannable(p)]
+        planning = Planning(self.index, self.room, self.ledger)
+        changed = planning.plan([*(h for _, h in new.values()), *running], self._hoping)
+        order, stopped = planning.in_order(changed)
+        for id in stopped:
+            self.changed[id] = ()
+            plugin = changed[id].plugin
+            self.last.append(Decision(id, "preempt", self.index.placed[id].node, plugin, "changes places with another"))
+        for id in order:
+            shares, plugin = changed[id].shares, changed[id].plugin
+            members, kind = size(shares), shares[0].type or "any type"
+            if id in self.index.placed:
+                self.changed[id] = shares
+                same = members == size(allocation_of(self.index.placed[id]))
+                reason = f"{members} members on {kind}: most goodput, by what is left of each job"
+                self.last.append(Decision(id, "migrate" if same else "resize", shares[0].node, plugin, reason, 0.0, shares))
+            else:
+                self.last.append(Decision(id, "place", shares[0].node, plugin, f"{plugin}, {members} members on {kind}", 0.0, shares))
+        again = {new[id][0] for id in changed if id in new}
+        self.made = [d for at, d in enumerate(self.made) if at not in again]
+        self.waits = [w for w in self.waits if w[0].id not in changed]
 
     def _grow(self) -> None:
         new = {job.id: (at, job, shares, plugin) for at, job, shares, plugin in self.placed}
@@ -353,7 +391,8 @@ class Round:
                 self.last.append(Decision(id, "resize", grown.shares[0].node, plugin, reason, 0.0, grown.shares))
 
     def _move(self) -> None:
-        for id, moved in Growing(self.index, self.room, self.ledger).move(self._resting()).items():
+        jobs = [p for p in self._resting() if not (self._plans and plannable(p))]
+        for id, moved in Growing(self.index, self.room, self.ledger).move(jobs).items():
             plugin = next(iter(self.index.placed[id].plugins), "")
             reason = f"to {moved.shares[0].type or 'other'} devices: ends {duration(moved.saved_s)} earlier"
             self.last.append(Decision(id, "migrate", moved.shares[0].node, plugin, reason, 0.0, moved.shares))

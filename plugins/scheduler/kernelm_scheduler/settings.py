@@ -28,6 +28,10 @@ class Elastic(Struct, frozen=True, forbid_unknown_fields=True):
     gain: float = 2.0  # the time that is saved must be so many times what the restart costs
     rest_s: float = 60.0  # no change of an allocation that is younger
     efficiency: float = 0.3  # a further member must add so much of what the first ones add each
+    planned: int = 256  # up to so many elastic jobs are sized together (goodput.py); 0 for none
+    small_first: float = 0.8  # there, how much more small jobs count: the power of their rank from the largest; 0 for goodput alone
+    keep: float = 0.2  # there, what a job has is worth so much more than a change
+    lasts_s: float = 1200.0  # there, so long a configuration is reckoned to last
 
 
 class Serving(Struct, frozen=True, forbid_unknown_fields=True):

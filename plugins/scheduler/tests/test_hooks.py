@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from kernelm.testing.hooks import install
-from kernelm_contracts.scheduler import ClusterState, NodeState, PendingJob
+from kernelm_contracts.scheduler import ClusterDelta, ClusterState, NodeState, PendingJob
 from kernelm_scheduler.hooks import GROUP, Scoring, installed
 from kernelm_scheduler.index import Index
+from kernelm_scheduler.plugin import SchedulerPlugin
 from kernelm_scheduler.policy import decided
 from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
@@ -58,3 +59,13 @@ def test_a_broken_one_does_not_count_and_is_named(place: Path, name: str, caplog
     assert scoring.weight == SETTINGS.weights.hooks
     assert f"hook sched-{name} of {GROUP} is left out" in caplog.text
     assert why in caplog.text
+
+
+async def test_the_plugin_asks_them_for_snapshots_and_for_deltas(place: Path) -> None:
+    install(place, GROUP, "sched-plugin-likes-b", LIKES.format("b"))
+    plugin = SchedulerPlugin(None, SETTINGS)  # type: ignore[arg-type] # it calls nobody
+    pending = (PendingJob("j", "j", Resources(1.0, 100, 0), ("data",)),)
+    whole = await plugin.decide(ClusterState(1, 0.0, NODES, pending, (), {}), None)
+    assert [d.node for d in whole.decisions] == ["b"]
+    changes = ClusterDelta(base=0, version=1, now=0.0, nodes=NODES, pending=pending, source="jobs")
+    assert [d.node for d in (await plugin.update(changes, None)).decisions] == ["b"]

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from cyclopts import App
 from rich.console import Console
 
-from kernelm_cli import doctor, faults, identity, jobs, keys, models, plugins, state, strangers, up
+from kernelm_cli import data, doctor, faults, identity, jobs, keys, models, plugins, state, strangers, up
 from kernelm_cli.call import call
 from kernelm_cli.checking import check
 from kernelm_cli.dev import dev
@@ -29,7 +29,7 @@ plugins.app.command(check)
 plugins.app.command(keygen)
 plugins.app.command(pack)
 plugins.app.command(dev)  # not there, since it builds upon the others
-for group in (jobs.app, plugins.app, models.app, keys.app, identity.app):
+for group in (jobs.app, plugins.app, models.app, data.app, keys.app, identity.app):
     app.command(group)
 doctor.COMMANDS.update(strangers.add(app, set(app)))
 

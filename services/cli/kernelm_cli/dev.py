@@ -53,7 +53,8 @@ def dev(path: Annotated[Path, Parameter(name="PATH")], /, *, starting: Starting 
         The plugin's folder.
     """
     if str(path).endswith(staging.ARCHIVES):
-        raise ClientFault("invalid", f"{path} is an archive, which does not change", "kernelm plugin load, or name the folder")
+        what = f"{path} is a wheel or an archive, which does not change"
+        raise ClientFault("invalid", what, "kernelm plugin load, or name the folder")
     source = staging.find(path)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_dev(source, common.folder, starting, stdout()))

@@ -154,6 +154,8 @@ def _start(plugin: str, request: LoadRequest, options: Change, allow_unsigned: b
                 found = await trusting.verdicts(bus, wanted.source, allow_unsigned, request.why)
                 if not options.json:
                     console.print(f"trust: {trusting.summary(found)}", highlight=False, markup=False, soft_wrap=True)
+            elif plugin and not options.json:
+                console.print(f"trust: {plugin} was installed by the owner of the machine, who is not questioned", highlight=False)
 
             async def ask() -> Swap:
                 return await ask_load(bus, wanted)

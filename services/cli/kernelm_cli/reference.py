@@ -19,6 +19,7 @@ import msgspec
 
 import kernelm_contracts
 from kernelm_cli import reference_pages
+from kernelm_cli.reference_fields import fields_of, structs_of
 from kernelm_gateway import proto_text, protobuf
 from kernelm_sdk import system
 from kernelm_sdk.contract import CONTRACTS, Contract, Method
@@ -191,6 +192,12 @@ def _all_schemas() -> tuple[dict[str, Any], dict[type, dict[str, Any]]]:
     for contract in contracts():
         kinds |= {t: None for m in contract.methods.values() for t in (m.request, m.reply)} | dict.fromkeys(contract.events)
     refs, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for kind in structs_of(kinds):
+        name = kind.__name__ if kind.__name__ in components else f"{kind.__module__}.{kind.__qualname__}"  # where two share it
+        properties = components[name].get("properties", {})  # none where it is written as an array
+        for field in fields_of(kind):
+            if (schema := properties.get(field.name)) and "$ref" not in schema:
+                schema |= {"description": text} if (text := "; ".join(filter(None, [field.text, field.unit]))) else {}
     return components, dict(zip(kinds, refs, strict=True))
 
 

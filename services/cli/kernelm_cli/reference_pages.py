@@ -104,10 +104,16 @@ def _page(contract: type[Contract], examples: Examples) -> Iterator[str]:
         yield from (f"### struct {kind.__name__}", "", *([_doc(kind), ""] if _doc(kind) else []))
         if kind.__struct_config__.forbid_unknown_fields:
             yield from ("Unknown fields are refused.", "")
+        if kind.__struct_config__.array_like:
+            yield from ("Written as an array, in this order.", "")
         yield from _table(fields_of(kind))
         yield ""
-    codes = sorted({(whose, f"`{code}`") for package in implementations(contract) for code, whose, _ in _raised(package)})
-    yield from ("## Faults", "", "Those of [every call](README.md#faults), and of kernelm's own implementation:", "")
+    yield from ("## Faults", "")
+    if contract.id() not in IMPLEMENTED:
+        yield "Those of [every call](README.md#faults), those that are named above, and what else the plugin tells its callers."
+        return
+    codes = sorted({(whose, f"`{code}`") for code, whose, _ in _raised(IMPLEMENTED[contract.id()])})
+    yield from ("Those of [every call](README.md#faults), and:", "")
     for whose in ("client", "plugin", "kernel"):
         yield f"- {whose}: {', '.join(code for by, code in codes if by == whose) or 'none'}"
 
@@ -198,12 +204,9 @@ def _json(what: str, value: Any) -> list[str]:
 
 # ---- faults, as the source raises them ----
 
-IMPLEMENTED = {"kernel/1": "kernelm", "plugin/1": "kernelm_sdk.runner", "work/1": "kernelm_jobs", "server/1": "kernelm_encoder"}
-
-
-def implementations(contract: type[Contract]) -> tuple[str, ...]:
-    """The packages of kernelm that implement it."""
-    return (IMPLEMENTED.get(contract.id(), f"kernelm_{contract.name}"),)
+# the system's own contracts, which have one implementation; what the others answer is the affair of each plugin
+IMPLEMENTED = {"kernel/1": "kernelm", "node/1": "kernelm_node", "artifacts/1": "kernelm_artifacts", "jobs/1": "kernelm_jobs",
+               "work/1": "kernelm_jobs.reports", "plugin/1": "kernelm_sdk.runner"}  # fmt: skip
 
 
 def _faults(packages: Iterable[str]) -> Iterator[str]:

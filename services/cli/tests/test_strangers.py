@@ -14,8 +14,10 @@ import pytest_asyncio
 
 from kernelm.testing.harness import System
 from kernelm.testing.hooks import install
+from kernelm_cli.confined import Order, confine
 from kernelm_cli.home import UpFile, write_up
 from kernelm_cli.hooks import GROUP
+from kernelm_sdk.errors import KernelFault
 from kernelm_sdk.system import Empty, Kernel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -139,3 +141,9 @@ async def test_it_does_not_run_where_the_keys_are(desk: Desk) -> None:
     assert "run it from another folder" in ended.err
     ended = await desk.kernelm("looks", where=desk.system.home.parent)
     assert ended.code == 2, "a folder that holds the home would open it"
+
+
+async def test_nothing_runs_on_a_machine_that_can_not_confine_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "landlock", None)
+    with pytest.raises(KernelFault, match="run confined, which this machine can't do"):
+        confine(Order("looks", (), (), ()))

@@ -96,6 +96,12 @@ def test_asyncapi_references_exist(document: dict[str, Any]) -> None:
             node = node[part]
 
 
+def test_asyncapi_says_what_a_field_is_and_in_which_unit(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    assert schemas["ClassifyReply"]["properties"]["took_ms"]["description"] == "in the server; ms"
+    assert schemas["kernelm_sdk.system.common.Limits"]["properties"]["pids"]["description"] == "processes and threads; processes"
+
+
 def test_asyncapi_has_every_call_and_event(document: dict[str, Any]) -> None:
     addresses = {c["address"] for c in document["channels"].values()}
     assert {"model.{model}.classify.{caller}", "svc.server.v1.classify.{caller}", "svc.jobs.v1.follow-run.{caller}",

@@ -16,7 +16,7 @@ from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Label, Serv
 from kernelm_gateway import protobuf
 from kernelm_gateway.service import Announcement
 from kernelm_sdk.contract import CONTRACTS
-from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.plugin import Manifest, Plugin
 from kernelm_sdk.system import Destination, Kernel, KeyName, KeyRequest, Route
 
@@ -44,6 +44,18 @@ class LongestWord(Plugin, Server):
         return ClassifyReply(served.name, served.generation, served.artifact, rows, sum(len(t.split()) for t in request.input), 0.1)
 
 
+class Starting(LongestWord):
+    """In the place of whoever starts an instance for a call: says so for as long as a test wants."""
+
+    left = 3
+
+    async def classify(self, request: ClassifyRequest, call: Any) -> ClassifyReply:
+        if Starting.left > 0:
+            Starting.left -= 1
+            raise KernelFault("starting", "it had no calls for a while", "call again", retriable=True, retry_after_s=4.0)
+        return await super().classify(request, call)
+
+
 MANIFEST = Manifest("longest-word", "1", "labels a text with its longest word", ("server/1",), f"{__name__}:LongestWord")
 
 
@@ -53,7 +65,7 @@ async def system() -> AsyncIterator[System]:
         model = {"name": "news", "artifact": DIGEST, "generation": 7}
         await system.plugin(LongestWord, MANIFEST, pool="news-g7", settings={"model": model})
         await system.admin.call(Kernel.set_route, Route("news", "model", (Destination("news-g7", 100),), 7, DIGEST))
-        await system.service("gateway", KERNELM_HTTP_PORT="0", KERNELM_GRPC_PORT="0")
+        await system.service("gateway", KERNELM_HTTP_PORT="0", KERNELM_GRPC_PORT="0", KERNELM_START_WAIT_S="2")
         yield system
 
 
@@ -113,6 +125,22 @@ async def test_an_unknown_model_an_unsupported_method_and_too_much_for_the_broke
         assert (unsupported.status_code, unsupported.json()["error"]["code"]) == (501, "unsupported_method")
         large = await client.post("/v1/classify", json={"model": "news", "input": "word " * 400_000})
         assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+
+
+async def test_a_model_that_is_being_started_for_a_call_is_waited_for(system: System) -> None:
+    model = {"name": "asleep", "artifact": DIGEST, "generation": 1}
+    await system.plugin(Starting, MANIFEST, pool="asleep-g1", settings={"model": model})
+    await system.admin.call(Kernel.set_route, Route("asleep", "model", (Destination("asleep-g1", 100),), 1, DIGEST))
+    created = await system.admin.call(Kernel.create_key, KeyRequest("all"))
+    where, body = announced(system), {"model": "asleep", "input": "a longer word"}
+    async with httpx.AsyncClient(base_url=where.http, headers={"Authorization": f"Bearer {created.secret}"}, timeout=30) as client:
+        Starting.left = 3
+        answer = await client.post("/v1/classify", json=body)
+        assert (answer.status_code, Starting.left) == (200, 0), answer.text
+        Starting.left = 1_000_000  # longer than the gateway waits
+        refused = await client.post("/v1/classify", json=body)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "4")
+        assert refused.json()["error"]["code"] == "starting"
 
 
 async def test_without_a_broker_it_says_so_and_comes_back(system: System) -> None:

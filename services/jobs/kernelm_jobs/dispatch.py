@@ -239,6 +239,8 @@ class Dispatcher:
                 return moved(now)
             return advance(now, "preempt", node="", instance="", preemptions=now.preemptions + 1, why=f"waits: {now.why}")
 
+        if not job.target:
+            self.hold(job.id)  # or it would be placed again, being older, before the one that it made room for
         after = await self._table.move(job.id, change)
         if after.state == "placed" and after.epoch == job.epoch + 1:
             if after.instance != job.instance:  # else it is told by the new epoch

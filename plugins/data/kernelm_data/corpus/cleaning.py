@@ -1,4 +1,5 @@
-"""Cleaning steps over UTF-8 bytes, in the order of the request. What can't change a text is found out before anything is done to it.
+"""Cleaning steps over UTF-8 bytes, in the order of the request. What can't change a text is found out before anything is done to
+it.
 
 The results are those of `kernelm_data.clean`, which is short and slow; a test holds them together.
 """
@@ -22,8 +23,8 @@ Step = Callable[[bytes], bytes]
 
 
 def _special() -> Bytes:
-    """The characters of which ftfy's pattern for mojibake is made, by code point. All its alternatives need two of them side by side
-    (1), but those of C1 controls, of the ligatures and of A with tilde or circumflex (2)."""
+    """The characters of which ftfy's pattern for mojibake is made, by code point. All its alternatives need two of them side by
+    side (1), but those of C1 controls, of the ligatures and of A with tilde or circumflex (2)."""
     pattern = re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), ftfy.badness.BADNESS_RE.pattern)
     table = np.zeros(0x3000, np.uint8)
     for first, last in re.findall(r"([^\x00-\x7f])-([^\x00-\x7f])", pattern):
@@ -37,14 +38,38 @@ def _special() -> Bytes:
 SPECIAL = _special()
 
 # of lines that belong to a site and to no document; C4 and jusText list the same kinds
-BOILERPLATE = (b"all rights reserved", b"skip to content", b"skip to main content", b"cookie policy", b"we use cookies",
-               b"uses cookies", b"privacy policy", b"terms of service", b"terms of use", b"share on facebook", b"share on twitter",
-               b"sign up for our newsletter", b"subscribe to our", b"log in to comment", b"back to top", b"toggle navigation",
-               b"table of contents", b"javascript is disabled", b"enable javascript", b"\xc2\xa9 copyright", b"copyright \xc2\xa9")  # fmt: skip
+BOILERPLATE = (
+    b"all rights reserved",
+    b"skip to content",
+    b"skip to main content",
+    b"cookie policy",
+    b"we use cookies",
+    b"uses cookies",
+    b"privacy policy",
+    b"terms of service",
+    b"terms of use",
+    b"share on facebook",
+    b"share on twitter",
+    b"sign up for our newsletter",
+    b"subscribe to our",
+    b"log in to comment",
+    b"back to top",
+    b"toggle navigation",
+    b"table of contents",
+    b"javascript is disabled",
+    b"enable javascript",
+    b"\xc2\xa9 copyright",
+    b"copyright \xc2\xa9",
+)
 
 SETTINGS: dict[str, dict[str, float | str]] = {
-    "mojibake": {}, "normalize": {"form": "NFC"}, "control": {}, "whitespace": {}, "boilerplate": {"max_words": 12}, "html-entities": {},
-}  # fmt: skip
+    "mojibake": {},
+    "normalize": {"form": "NFC"},
+    "control": {},
+    "whitespace": {},
+    "boilerplate": {"max_words": 12},
+    "html-entities": {},
+}
 
 
 class Tidy:
@@ -73,7 +98,11 @@ def fix_mojibake(text: bytes) -> bytes:
     # ftfy leaves alone what its pattern does not find bad; the pattern runs at 1 MB/s
     if not adjacent(np.frombuffer(text, np.uint8), SPECIAL):
         return text
-    return ftfy.fix_text(text.decode(), MOJIBAKE).encode()
+    lines = text.split(b"\n")  # as ftfy does
+    for i, line in enumerate(lines):
+        if not line.isascii() and adjacent(np.frombuffer(line, np.uint8), SPECIAL):
+            lines[i] = ftfy.fix_text(line.decode(), MOJIBAKE).encode()
+    return b"\n".join(lines)
 
 
 def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
@@ -130,7 +159,9 @@ def cleaner(steps: Sequence[CleanStep]) -> Callable[[bytes], tuple[bytes, list[s
         settings = {**SETTINGS[step.do], **step.settings}
         if step.do in ("control", "whitespace") and step.do not in flags and flags != ["whitespace"]:
             flags.append(step.do)
-            plan = [*plan[:-1], Tidy(True, True)] if len(flags) == 2 else [*plan, Tidy(step.do == "control", step.do == "whitespace")]
+            plan = (
+                [*plan[:-1], Tidy(True, True)] if len(flags) == 2 else [*plan, Tidy(step.do == "control", step.do == "whitespace")]
+            )
             continue
         flags = []
         match step.do:

@@ -19,8 +19,11 @@ def inputs_of(request: PrepareRequest, settings: DataSettings) -> tuple[Input, .
     given = (Input(artifact=request.source, format=request.format),) if request.source else ()
     for i, each in enumerate(request.inputs):
         if each.url and not granted(each.url, settings.urls):
-            raise ClientFault("not_granted", f"inputs[{i}].url: {each.url} is not granted to the data plugin",
-                              "put the files into an artifact, or add a prefix of the address to urls in the plugin's settings")  # fmt: skip
+            raise ClientFault(
+                "not_granted",
+                f"inputs[{i}].url: {each.url} is not granted to the data plugin",
+                "put the files into an artifact, or add a prefix of the address to urls in the plugin's settings",
+            )
     return (*given, *request.inputs)
 
 
@@ -101,4 +104,3 @@ async def prepare_corpus(request: PrepareRequest, job: Job, settings: DataSettin
     card = await job.in_thread(run)
     await job.in_thread(shutil.rmtree, work)
     return card
-

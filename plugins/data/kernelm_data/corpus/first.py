@@ -19,13 +19,13 @@ from kernelm_data.corpus.formats import Record, records
 from kernelm_data.corpus.inputs import Piece
 from kernelm_data.corpus.language import Languages, wanted
 from kernelm_data.corpus.markup import html_text, pdf_text
-from kernelm_data.corpus.plan import FIRST, TESTS, Plan, load, step_names
+from kernelm_data.corpus.plan import FIRST, TESTS, Plan, installed, load, step_names
 from kernelm_data.corpus.quality import Measured, Rule, rules
 from kernelm_data.corpus.sketches import Sketcher, text_hash
 from kernelm_data.corpus.streams import Broken
 from kernelm_data.decode import Undecodable, decode
-from kernelm_data.private import redact
 from kernelm_data.private.screen import Screen, reason
+from kernelm_sdk.errors import PluginFault
 
 BATCH = 8_000_000  # bytes of text in memory
 SAMPLE = 2_000  # documents of a shard whose length is kept
@@ -64,8 +64,13 @@ class Batch:
         np.cumsum([len(text) for text in self.texts], out=offsets[1:])
         texts = pa.Array.from_buffers(pa.large_string(), len(self.texts),
                                       [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(self.texts))])  # fmt: skip
-        columns = [pa.array(self.ids, pa.string()), texts, *(pa.array(c, pa.string()) for c in (self.sources, self.labels, self.languages)),
-                   pa.array(self.hashes, pa.binary(16)), pa.array(self.signatures, pa.large_binary())]  # fmt: skip
+        columns = [
+            pa.array(self.ids, pa.string()),
+            texts,
+            *(pa.array(c, pa.string()) for c in (self.sources, self.labels, self.languages)),
+            pa.array(self.hashes, pa.binary(16)),
+            pa.array(self.signatures, pa.large_binary()),
+        ]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
@@ -180,6 +185,8 @@ class Shard:
             if screened is None:
                 return
             text = screened
+        if not self._hooked(record, text):
+            return
         array = np.frombuffer(text, np.uint8)
         if self.steps.tests is not None:
             book = self.books["contamination"]
@@ -241,6 +248,26 @@ class Shard:
                     measured.take(verdict.text)
             book.documents_out += 1
         return text, language
+
+    def _hooked(self, record: Record, text: bytes) -> bool:
+        """Whether the filters of installed distributions let a text pass. PluginFault `filter_failed` for one that raises: a corpus
+        must not be filtered in part, and other shards know nothing of this one."""
+        hooks = installed()
+        if not hooks:
+            return True
+        decoded = text.decode()
+        reasons = dict(hooks.call("reason_against", text=decoded, label=record.label))
+        if hooks.quarantined:
+            name, why = next(iter(hooks.quarantined.items()))
+            raise PluginFault("filter_failed", f"filter {name!r}: {why}", "repair or uninstall the distribution that brings it")
+        for name in hooks.names:
+            book = self.books[f"filter {name}"]
+            book.documents_in += 1
+            if reason := reasons.get(name):
+                self.drop(book.name, record.id, str(reason), text)
+                return False
+            book.documents_out += 1
+        return True
 
     def _private(self, record: Record, text: bytes) -> bytes | None:
         assert self.screen is not None

@@ -16,9 +16,22 @@ from kernelm_sdk.errors import ClientFault
 
 FORMATS = ("html", "pdf", "text", "csv", "jsonl", "parquet", "warc", "zip", "tar")
 BY_SUFFIX = {
-    ".html": "html", ".htm": "html", ".xhtml": "html", ".pdf": "pdf", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl",
-    ".parquet": "parquet", ".warc": "warc", ".zip": "zip", ".tar": "tar", ".tgz": "tar", ".tbz2": "tar", ".txz": "tar",
-}  # fmt: skip
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".pdf": "pdf",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".warc": "warc",
+    ".zip": "zip",
+    ".tar": "tar",
+    ".tgz": "tar",
+    ".tbz2": "tar",
+    ".txz": "tar",
+}
 MAGIC = ((b"%PDF-", "pdf"), (b"PAR1", "parquet"), (b"PK\x03\x04", "zip"), (b"WARC/1", "warc"))
 
 
@@ -92,7 +105,8 @@ def remote(url: str) -> Iterator[tuple[str, str, int, str]]:
 
 
 def pieces(inputs: Sequence[Input], folders: Sequence[Path | None], store: Store) -> list[Piece]:
-    """Everything that is to be read, in a fixed order. `folders`: of each input that is an artifact. ClientFault if there is nothing."""
+    """Everything that is to be read, in a fixed order. `folders`: of each input that is an artifact. ClientFault if there is
+    nothing."""
     result: list[Piece] = []
     part = int(store.shard_mb * 1e6)
     for number, (given, folder) in enumerate(zip(inputs, folders, strict=True)):
@@ -111,7 +125,9 @@ def pieces(inputs: Sequence[Input], folders: Sequence[Path | None], store: Store
             piece = Piece(name, str(where), format or "text", packing, size, number, skipped=skipped)
             result += _parts(piece, part) if size > 1.5 * part and not packing and not skipped else [piece]
     if not any(not piece.skipped for piece in result):
-        raise ClientFault("empty_source", "the inputs hold no file that could be read", "check source, inputs and their include patterns")
+        raise ClientFault(
+            "empty_source", "the inputs hold no file that could be read", "check source, inputs and their include patterns"
+        )
     return result
 
 

@@ -1,7 +1,7 @@
 """What runs over every byte, compiled by Numba: whitespace and control characters, words, lines, MinHash.
 
-Texts are UTF-8 in arrays of bytes. Compiled code is cached beside this file, or in the user's cache where that is read-only. Measured
-(one core of an EPYC with AVX-512): README.md.
+Texts are UTF-8 in arrays of bytes. Compiled code is cached beside this file, or in the user's cache where that is read-only.
+Measured (one core of an EPYC with AVX-512): README.md.
 """
 
 import numpy as np
@@ -19,6 +19,7 @@ ZERO = np.uint64(0)
 # classes of characters
 LETTER, BLANK, BREAK, CONTROL, MARK, ALONE, CARRIAGE = 0, 1, 2, 3, 4, 5, 6
 
+
 def _classes() -> Bytes:
     table = np.full(128, MARK, np.uint8)
     for code in range(128):
@@ -30,6 +31,7 @@ def _classes() -> Bytes:
     table[[0x0A, 0x0B, 0x0C]] = BREAK
     table[0x0D] = CARRIAGE
     return table
+
 
 ASCII = _classes()
 
@@ -71,8 +73,16 @@ def wide_class(code: int) -> int:
         return BLANK
     if code == 0x2028 or code == 0x2029:
         return BREAK
-    if (code == 0x200B or code == 0x200E or code == 0x200F or 0x202A <= code <= 0x202E or 0x2060 <= code <= 0x2064
-            or 0x2066 <= code <= 0x2069 or code == 0xFEFF or 0xFFF9 <= code <= 0xFFFB):
+    if (
+        code == 0x200B
+        or code == 0x200E
+        or code == 0x200F
+        or 0x202A <= code <= 0x202E
+        or 0x2060 <= code <= 0x2064
+        or 0x2066 <= code <= 0x2069
+        or code == 0xFEFF
+        or 0xFFF9 <= code <= 0xFFFB
+    ):
         return CONTROL
     if 0x0E00 <= code <= 0x0E7F or 0x3040 <= code <= 0x30FF or 0x3400 <= code <= 0x4DBF or 0x4E00 <= code <= 0x9FFF:
         return ALONE
@@ -105,7 +115,7 @@ def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collap
                 i += size
                 continue
             kind = BLANK if separator and collapse else MARK
-        if collapse and (kind == BLANK or kind == BREAK or kind == CARRIAGE):
+        if collapse and (kind == BLANK or kind == BREAK or kind == CARRIAGE):  # noqa: SIM109 - compiled
             for k in range(size):
                 sum_in += text[i + k]
             whitespace_in += size
@@ -141,7 +151,8 @@ def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collap
 
 @njit(cache=True, nogil=True)
 def adjacent(text: Bytes, special: Bytes) -> bool:
-    """Whether two characters stand side by side that `special`, by code point, marks with 1, or there is one that it marks with 2."""
+    """Whether two characters stand side by side that `special`, by code point, marks with 1, or there is one that it marks with
+    2."""
     i, before = 0, 0
     while i < len(text):
         if text[i] < 0x80:

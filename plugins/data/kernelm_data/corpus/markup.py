@@ -15,11 +15,56 @@ from kernelm_data.corpus.kernels import Bytes
 from kernelm_data.corpus.streams import Broken
 
 MAX_DEPTH = 256  # elements; browsers stop at 512
-VOID = ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr", "p", "li", "td", "tr", "th",
-        "dt", "dd", "option")  # fmt: skip - without an end tag, or often left without
+VOID = (
+    "area",
+    "base",
+    "br",
+    "col",
+    "embed",
+    "hr",
+    "img",
+    "input",
+    "link",
+    "meta",
+    "source",
+    "track",
+    "wbr",
+    "p",
+    "li",
+    "td",
+    "tr",
+    "th",
+    "dt",
+    "dd",
+    "option",
+)  # fmt: skip - without an end tag, or often left without
 HIDDEN = ("script", "style", "template", "noscript", "svg")
-INLINE = ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "em", "i", "kbd", "mark", "q", "s", "samp", "small", "span", "strong", "sub", "sup",
-          "time", "tt", "u", "var", "font")  # fmt: skip
+INLINE = (
+    "a",
+    "abbr",
+    "b",
+    "bdi",
+    "bdo",
+    "cite",
+    "code",
+    "em",
+    "i",
+    "kbd",
+    "mark",
+    "q",
+    "s",
+    "samp",
+    "small",
+    "span",
+    "strong",
+    "sub",
+    "sup",
+    "time",
+    "tt",
+    "u",
+    "var",
+    "font",
+)
 
 
 def _key(name: str) -> int:

@@ -8,8 +8,22 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kernelm_data.corpus.kernels import ALONE, BLANK, BREAK, CARRIAGE, LETTER, MIX, PRIME, SHIFT, ZERO, Bytes, Hashes, code_point
-from kernelm_data.corpus.kernels import wide_class, width
+from kernelm_data.corpus.kernels import (
+    ALONE,
+    BLANK,
+    BREAK,
+    CARRIAGE,
+    LETTER,
+    MIX,
+    PRIME,
+    SHIFT,
+    ZERO,
+    Bytes,
+    Hashes,
+    code_point,
+    wide_class,
+    width,
+)
 
 Lengths = npt.NDArray[np.int32]
 
@@ -37,14 +51,34 @@ STOP_HASHES = np.array([word_hash(word) for word in STOP_WORDS], np.uint64)
 @njit(cache=True, inline="always")
 def _ends_sentence(code: int) -> bool:
     # . ! ? " and their forms in other scripts
-    return (code == 0x2E or code == 0x21 or code == 0x3F or code == 0x22 or code == 0x201D or code == 0x3002 or code == 0xFF01
-            or code == 0xFF1F or code == 0x2026)
+    return (
+        code == 0x2E
+        or code == 0x21
+        or code == 0x3F
+        or code == 0x22
+        or code == 0x201D
+        or code == 0x3002
+        or code == 0xFF01
+        or code == 0xFF1F
+        or code == 0x2026
+    )
 
 
 @njit(cache=True, inline="always")
 def _is_bullet(code: int) -> bool:
-    return (code == 0x2D or code == 0x2A or code == 0x2022 or code == 0x25CF or code == 0x2023 or code == 0x2043 or code == 0x25E6
-            or code == 0x2219 or code == 0x25A0 or code == 0x25AA or code == 0x2013)
+    return (
+        code == 0x2D
+        or code == 0x2A
+        or code == 0x2022
+        or code == 0x25CF
+        or code == 0x2023
+        or code == 0x2043
+        or code == 0x25E6
+        or code == 0x2219
+        or code == 0x25A0
+        or code == 0x25AA
+        or code == 0x2013
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -71,7 +105,7 @@ def scan(text: Bytes, ascii_class: Bytes, stops: Hashes, words: Hashes, word_len
                 code = code_point(text, i, size)
                 kind = wide_class(code)
             out[CHARACTERS] += 1
-        gap = kind == BLANK or kind == BREAK or kind == CARRIAGE
+        gap = (kind == BLANK) | (kind == BREAK) | (kind == CARRIAGE)
         if (gap or kind == ALONE) and length:
             words[n_words], word_lengths[n_words] = h, length
             n_words += 1
@@ -130,7 +164,8 @@ def scan(text: Bytes, ascii_class: Bytes, stops: Hashes, words: Hashes, word_len
 
 @njit(cache=True, nogil=True)
 def repeated(hashes: Hashes, lengths: Lengths, table: Hashes) -> tuple[int, int]:
-    """How many of the items were there before, and how many characters they have. `table`: room for twice as many, a power of two."""
+    """How many of the items were there before, and how many characters they have. `table`: room for twice as many, a power of
+    two."""
     table[:] = 0
     mask = np.uint64(len(table) - 1)
     count, characters = 0, 0

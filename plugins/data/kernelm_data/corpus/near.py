@@ -164,7 +164,8 @@ def len_of(form: Shape, settings: Deduplicate) -> int:
 
 
 def split_of(id: str, split: Split) -> int:
-    """The split of a document and its duplicates: a hash of the seed and the first one's id, so that it hangs on no other document."""
+    """The split of a document and its duplicates: a hash of the seed and the first one's id, so that it hangs on no other
+    document."""
     rank = xxhash.xxh3_64_intdigest(f"{split.seed}\0{id}".encode()) / 2**64
     parts = shares(split)
     if rank < parts.get("test", 0.0):

@@ -48,8 +48,8 @@ def sketch_dataset(folder: Path, target: Path, permutations: int) -> Path:
 
 
 def test_table(folders: Sequence[Path], words: int) -> Hashes:
-    """A hash table of all n-grams of `words` words in the test splits of the datasets, or in all their splits where there is no test
-    split. Texts with fewer words are not looked for: they would be found everywhere."""
+    """A hash table of all n-grams of `words` words in the test splits of the datasets, or in all their splits where there is no
+    test split. Texts with fewer words are not looked for: they would be found everywhere."""
     sketcher = Sketcher(128)
     found = []
     for folder in folders:

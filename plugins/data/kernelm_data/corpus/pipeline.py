@@ -4,8 +4,8 @@
 2. `near`, once: which documents stay, and in which split.
 3. `second`, on all cores: tokenize, pack, write.
 
-What a shard left is a folder with a book that is written last, so that after a kill the work goes on with the next shard. Nothing in the
-dataset tells the time: the same inputs, request and library versions give the same bytes.
+What a shard left is a folder with a book that is written last, so that after a kill the work goes on with the next shard. Nothing
+in the dataset tells the time: the same inputs, request and library versions give the same bytes.
 """
 
 import hashlib
@@ -85,8 +85,9 @@ def prepare(sources: Sources, request: PrepareRequest, work: Path, out: Path, sa
             save: Callable[[list[str]], None] | None = None) -> DatasetCard:  # fmt: skip
     """Read the inputs, write the dataset into the empty folder `out`, and return its card.
 
-    `work`: a folder for what lies between; shards that are complete in it are not done again. `workers`: processes, 0 for none but this
-    one. `say` is called often, and may raise to stop. `save` is told the folders in `work` that are complete since it was told last.
+    `work`: a folder for what lies between; shards that are complete in it are not done again. `workers`: processes, 0 for none
+    but this one. `say` is called often, and may raise to stop. `save` is told the folders in `work` that are complete since it
+    was told last.
     """
     check_request(request)
     say(0.0, "read", "looking at the inputs", 0.0)
@@ -129,8 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
     except (FileNotFoundError, msgspec.DecodeError) as error:
-        raise ClientFault("not_a_corpus", f"store.append_to: manifest.json: {error}",
-                          'give the digest of a dataset that was prepared with another format than "folders"') from None  # fmt: skip
+        raise ClientFault(
+            "not_a_corpus",
+            f"store.append_to: manifest.json: {error}",
+            'give the digest of a dataset that was prepared with another format than "folders"',
+        ) from None
 
 
 def _write_plan(path: str, plan: Plan) -> None:
@@ -168,9 +172,13 @@ def check_broken(book: ShardBook, request: PrepareRequest) -> None:
     """ClientFault `too_many_broken` if more documents than `max_broken` allows can't be read."""
     read = book.steps[0].documents_out
     if book.broken and book.broken > request.max_broken * (book.broken + read):
-        raise ClientFault("too_many_broken", f"{book.broken} of {book.broken + read} documents can't be read, more than max_broken = "
-                                             f"{request.max_broken:g} allows: {'; '.join(book.broken_examples)}",
-                          "repair or remove them, or raise max_broken", broken=book.broken)  # fmt: skip
+        raise ClientFault(
+            "too_many_broken",
+            f"{book.broken} of {book.broken + read} documents can't be read, more than max_broken = "
+            f"{request.max_broken:g} allows: {'; '.join(book.broken_examples)}",
+            "repair or remove them, or raise max_broken",
+            broken=book.broken,
+        )
 
 
 def _near(work: Path, others: list[Path], count: int, request: PrepareRequest, plan: Plan, say: Say) -> Outcome:
@@ -222,7 +230,7 @@ def _tokenizer(plan: Plan, sources: Sources, request: PrepareRequest, work: Path
         train(request.train, (text.decode() for text in texts)).save(str(target))
         shutil.copy(target, work / "tokenizer.json")
     sample = []
-    for text in _kept_texts(work, outcome, 500_000):
+    for text in _kept_texts(work, outcome, 250_000):
         sample.append(text)
         if len(sample) == SAMPLE:
             break
@@ -233,9 +241,7 @@ def _tokenizer(plan: Plan, sources: Sources, request: PrepareRequest, work: Path
 def _second(path: str, work: Path, count: int, outcome: Outcome, say: Say, workers: int, saver: Saver) -> None:
     sizes = [(work / FIRST / f"{n:05}" / "docs.arrow").stat().st_size for n in range(count)]
     todo = [(n,) for n in range(count) if not (work / SECOND / f"{n:05}" / "book.json").exists()]
-    meter = Meter(say, "store", sum(sizes), sum(sizes) - sum(sizes[n] for n, in todo))
+    meter = Meter(say, "store", sum(sizes), sum(sizes) - sum(sizes[n] for (n,) in todo))
     for number, _ in pool.run(second, path, todo, workers, lambda n: work / SECOND / f"{n:05}", lambda: meter.at(0)):
         meter.at(sizes[number])
         saver.add(f"{SECOND}/{number:05}")
-
-

@@ -11,8 +11,10 @@ from kernelm_data.corpus.inputs import FORMATS
 from kernelm_data.corpus.language import wanted
 from kernelm_data.corpus.quality import RULES, rules
 from kernelm_data.corpus.sketches import Shape, shape
+from kernelm_data.hooks import GROUP, Filters
 from kernelm_data.split import shares
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.hooks import Hooks
 
 FIRST = "first"  # folder of the shards after the first steps
 KEEP = "keep"  # of the masks that deduplication leaves
@@ -42,10 +44,16 @@ def load(path: str) -> Plan:
     return msgspec.msgpack.decode(Path(path).read_bytes(), type=Plan)
 
 
+@lru_cache(1)
+def installed() -> Hooks:
+    """The filters of installed distributions, in this process."""
+    return Hooks(GROUP, Filters)
+
+
 def step_names(request: PrepareRequest) -> list[str]:
     """The steps that a document goes through one by one, in order."""
-    names = ["read", "clean", *(filter.use for filter in request.filters)]
-    return names + (["private"] if request.private else []) + (["contamination"] if request.test_sets else [])
+    names = ["read", "clean", *(filter.use for filter in request.filters), *(["private"] if request.private else [])]
+    return names + [f"filter {name}" for name in installed().names] + (["contamination"] if request.test_sets else [])
 
 
 def check_request(request: PrepareRequest) -> None:
@@ -73,7 +81,9 @@ def check_request(request: PrepareRequest) -> None:
             raise ClientFault("invalid", f"{field}: this value makes no sense", f"give {wanted_}")
     for i, given in enumerate(request.inputs):
         if given.format not in ("auto", *FORMATS):
-            raise ClientFault("unknown_format", f"inputs[{i}].format: {given.format!r} is not known", f"known are: auto, {', '.join(FORMATS)}")
+            raise ClientFault(
+                "unknown_format", f"inputs[{i}].format: {given.format!r} is not known", f"known are: auto, {', '.join(FORMATS)}"
+            )
         if bool(given.artifact) == bool(given.url):
             raise ClientFault("invalid", f"inputs[{i}]: give artifact or url, and not both", "a digest, or a path or URL")
     if pack.length and not (request.tokenize.tokenizer or train.kind):
@@ -84,11 +94,15 @@ def check_request(request: PrepareRequest) -> None:
         if filter.use == "language":
             wanted(filter, f"filters[{i}]")
         elif filter.use not in RULES:
-            raise ClientFault("invalid", f"filters[{i}].use: {filter.use!r} is no filter", f"give one of language, {', '.join(RULES)}")
+            raise ClientFault(
+                "invalid", f"filters[{i}].use: {filter.use!r} is no filter", f"give one of language, {', '.join(RULES)}"
+            )
     rules(request.filters)
     check_steps(request.steps or as_steps(request.clean))
     shares(request.split)
     try:
         shape(request.deduplicate.jaccard, request.deduplicate.permutations)
     except ValueError as error:
-        raise ClientFault("invalid", f"deduplicate.permutations: {error}", "give 128 or more, or a higher deduplicate.jaccard") from None
+        raise ClientFault(
+            "invalid", f"deduplicate.permutations: {error}", "give 128 or more, or a higher deduplicate.jaccard"
+        ) from None

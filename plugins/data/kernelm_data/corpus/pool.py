@@ -48,8 +48,8 @@ def _marked(folder: Path) -> str:
 
 def run(task: Callable[..., T], path: str, shards: Sequence[tuple[Any, ...]], workers: int, folder: Callable[[int], Path],
         wanted: Callable[[], None]) -> Iterator[tuple[int, T]]:  # fmt: skip
-    """`task(path, *shard)` for every shard, whose first value is its number; number and result of each as it ends. `workers`: processes,
-    0 for none but this one. `wanted` is called often, and may raise to stop."""
+    """`task(path, *shard)` for every shard, whose first value is its number; number and result of each as it ends. `workers`:
+    processes, 0 for none but this one. `wanted` is called often, and may raise to stop."""
     if not workers:
         for shard in shards:
             wanted()
@@ -62,7 +62,7 @@ def run(task: Callable[..., T], path: str, shards: Sequence[tuple[Any, ...]], wo
                 del left[number]
                 yield number, result
         except BrokenProcessPool:
-            suspects = [shard for shard in left.values() if _marked(folder(shard[0]))] or list(left.values())[: workers]
+            suspects = [shard for shard in left.values() if _marked(folder(shard[0]))] or list(left.values())[:workers]
             for shard in suspects:
                 yield shard[0], _alone(task, path, shard, folder(shard[0]), wanted)
                 del left[shard[0]]
@@ -94,5 +94,8 @@ def _alone(task: Callable[..., T], path: str, shard: tuple[Any, ...], folder: Pa
         except BrokenProcessPool:
             if (id := _marked(folder)) and id not in poison:
                 poison.append(id)
-    raise PluginFault("worker_died", f"the process of shard {shard[0]} died {TRIES} times, lately at document {poison[-1:] or 'unknown'}",
-                      "give the job more memory, or smaller shards by store.shard_mb; then look at that document")  # fmt: skip
+    raise PluginFault(
+        "worker_died",
+        f"the process of shard {shard[0]} died {TRIES} times, lately at document {poison[-1:] or 'unknown'}",
+        "give the job more memory, or smaller shards by store.shard_mb; then look at that document",
+    )

@@ -2,8 +2,8 @@
 
 - `gopher-quality`, `gopher-repetition`: Rae et al., "Scaling language models: methods, analysis and insights from training Gopher",
   2021, appendix A.1.1 and table A1.
-- `c4`: Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer", 2020, section 2.2, without
-  its list of bad words, and its later policy lines.
+- `c4`: Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer", 2020, section 2.2,
+  without its list of bad words, and its later policy lines.
 - `fineweb`: Penedo et al., "The FineWeb datasets", 2024, section 3.5, with the values of the published pipeline (datatrove).
 
 A rule answers with the reason for which a text is dropped, or with the text that stays: `c4` takes lines out.

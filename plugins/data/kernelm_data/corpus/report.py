@@ -28,13 +28,23 @@ def card_page(card: DatasetCard, manifest: Manifest) -> str:
     documents = sum(s.documents for s in card.splits.values())
     tokens = sum(s.tokens for s in card.splits.values())
     size = sum(shard.bytes for shard in manifest.shards)
-    lines = [f"# {_cell(card.name)}, version {card.version}", "",
-             f"{documents:,} documents" + (f", {tokens:,} tokens" if tokens else "") + f" in {len(manifest.shards)} files of "
-             f"{size / 1e6:,.1f} MB, from {card.bytes_in / 1e6:,.1f} MB of input"
-             + (f"; the version before is `{card.parent}`" if card.parent else "") + ".", "",
-             "![documents in and out of each step](account.png)", "", "| step | in | out | dropped | changed |", "|---|--:|--:|---|---|"]  # fmt: skip
+    lines = [
+        f"# {_cell(card.name)}, version {card.version}",
+        "",
+        f"{documents:,} documents" + (f", {tokens:,} tokens" if tokens else "") + f" in {len(manifest.shards)} files of "
+        f"{size / 1e6:,.1f} MB, from {card.bytes_in / 1e6:,.1f} MB of input"
+        + (f"; the version before is `{card.parent}`" if card.parent else "")
+        + ".",
+        "",
+        "![documents in and out of each step](account.png)",
+        "",
+        "| step | in | out | dropped | changed |",
+        "|---|--:|--:|---|---|",
+    ]
     for step in card.steps:
-        lines.append(f"| {step.name} | {step.documents_in:,} | {step.documents_out:,} | {_counts(step.reasons)} | {_counts(step.changed)} |")
+        lines.append(
+            f"| {step.name} | {step.documents_in:,} | {step.documents_out:,} | {_counts(step.reasons)} | {_counts(step.changed)} |"
+        )
     lines += ["", "Each dropped document is a line of `dropped.jsonl`; `report.html` shows examples.", "",
               "| split | documents | tokens |", "|---|--:|--:|"]  # fmt: skip
     lines += [f"| {name} | {split.documents:,} | {split.tokens:,} |" for name, split in card.splits.items()]
@@ -47,8 +57,13 @@ def card_page(card: DatasetCard, manifest: Manifest) -> str:
                       f"{private.documents:,} documents held some; found: {_counts(private.found) or 'none'}; "
                       + (f"**left in the dataset: {left}**" if left else "none of it is left in the dataset")
                       + ". What rules and models miss is still there."]  # fmt: skip
-    lines += ["", f"Read: {_counts(card.sources)}." + (f" Languages: {_counts(card.languages)}." if card.languages else ""),
-              "", "Made with " + ", ".join(f"{name} {number}" for name, number in manifest.libraries.items()) + ".", ""]  # fmt: skip
+    lines += [
+        "",
+        f"Read: {_counts(card.sources)}." + (f" Languages: {_counts(card.languages)}." if card.languages else ""),
+        "",
+        "Made with " + ", ".join(f"{name} {number}" for name, number in manifest.libraries.items()) + ".",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -56,28 +71,41 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {_cell(what)}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def report_page(card: DatasetCard, manifest: Manifest, steps: Sequence[StepBook], tokens: Sequence[int], characters: Sequence[int]) -> str:
-    """A page that needs nothing but a browser. Examples begin at the text's beginning or at the first change, without private data."""
+def report_page(
+    card: DatasetCard, manifest: Manifest, steps: Sequence[StepBook], tokens: Sequence[int], characters: Sequence[int]
+) -> str:
+    """A page that needs nothing but a browser. Examples begin at the text's beginning or at the first change, without private
+    data."""
     name = html.escape(card.name)
     widest = max((step.documents_in for step in steps), default=1) or 1
     rows = []
     for step in steps:
         lost = step.documents_in - step.documents_out
-        bar = f'<div class="bar"><i style="width:{100 * step.documents_out / widest:.2f}%"></i><b style="width:{100 * lost / widest:.2f}%"></b></div>'
-        rows.append(f'<tr><td><a href="#{html.escape(step.name)}">{html.escape(step.name)}</a></td><td class="n">{step.documents_in:,}</td>'
-                    f'<td class="n">{step.documents_out:,}</td><td class="n">{lost:,}</td><td>{bar}</td></tr>')  # fmt: skip
+        kept, gone = 100 * step.documents_out / widest, 100 * lost / widest
+        bar = f'<div class="bar"><i style="width:{kept:.2f}%"></i><b style="width:{gone:.2f}%"></b></div>'
+        rows.append(
+            f'<tr><td><a href="#{html.escape(step.name)}">{html.escape(step.name)}</a></td><td class="n">{step.documents_in:,}</td>'
+            f'<td class="n">{step.documents_out:,}</td><td class="n">{lost:,}</td><td>{bar}</td></tr>'
+        )
     documents = sum(s.documents for s in card.splits.values())
-    body = [f"<h1>{name}, version {card.version}</h1>",
-            f"<p>{documents:,} documents from {card.bytes_in / 1e6:,.1f} MB of input; "
-            f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB in {len(manifest.shards)} files.</p>",
-            '<table><tr><th>step</th><th class="n">in</th><th class="n">out</th><th class="n">dropped</th><th></th></tr>', *rows, "</table>"]  # fmt: skip
+    body = [
+        f"<h1>{name}, version {card.version}</h1>",
+        f"<p>{documents:,} documents from {card.bytes_in / 1e6:,.1f} MB of input; "
+        f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB in {len(manifest.shards)} files.</p>",
+        '<table><tr><th>step</th><th class="n">in</th><th class="n">out</th><th class="n">dropped</th><th></th></tr>',
+        *rows,
+        "</table>",
+    ]
     body += ["<h2>Lengths</h2>", _histogram(characters, "bytes of text in a document")]
     if tokens:
         body.append(_histogram(tokens, "tokens in a document"))
     for step in steps:
         body += _step(step)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><meta name="viewport" content="width=device-width">'
-            f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n")  # fmt: skip
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
 
 
 def _step(step: StepBook) -> list[str]:
@@ -90,7 +118,10 @@ def _step(step: StepBook) -> list[str]:
             for example in step.examples.get(what, []):
                 lines.append(f"<small>{html.escape(example.id)}</small>")
                 if example.after:
-                    lines.append(f'<pre class="before">{html.escape(example.before)}</pre><pre class="after">{html.escape(example.after)}</pre>')
+                    lines.append(
+                        f'<pre class="before">{html.escape(example.before)}</pre>'
+                        f'<pre class="after">{html.escape(example.after)}</pre>'
+                    )
                 else:
                     lines.append(f"<pre>{html.escape(example.before) or '<small>no text</small>'}</pre>")
             lines.append("</details>")
@@ -107,7 +138,9 @@ def _histogram(values: Sequence[int], what: str) -> str:
         height = 90 * count / highest
         bars.append(f'<rect x="{i * 34}" y="{100 - height:.1f}" width="30" height="{height:.1f}"><title>{count:,}</title></rect>'
                     f'<text x="{i * 34 + 15}" y="115" text-anchor="middle">{_power(i)}</text>')  # fmt: skip
-    return f'<svg viewBox="0 0 {34 * len(counts)} 122" style="max-width:{34 * len(counts)}px">{"".join(bars)}</svg><p><small>{what}, from</small></p>'
+    width = 34 * len(counts)
+    picture = f'<svg viewBox="0 0 {width} 122" style="max-width:{width}px">{"".join(bars)}</svg>'
+    return f"{picture}<p><small>{what}, from</small></p>"
 
 
 def _power(i: int) -> str:

@@ -42,7 +42,9 @@ class Documents:
 
     def hashes(self) -> npt.NDArray[np.void]:
         """16 bytes for each document."""
-        parts = [np.frombuffer(b.column("hash").buffers()[1], "V16", b.num_rows, b.column("hash").offset * 16) for b in self._batches]
+        parts = [
+            np.frombuffer(b.column("hash").buffers()[1], "V16", b.num_rows, b.column("hash").offset * 16) for b in self._batches
+        ]
         return np.concatenate(parts) if parts else np.empty(0, "V16")
 
     def signatures(self, permutations: int) -> npt.NDArray[np.uint32]:

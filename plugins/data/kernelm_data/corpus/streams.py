@@ -93,7 +93,7 @@ def unpack(packed: IO[bytes], packing: str, limits: Limits) -> IO[bytes]:
     elif packing == "bz2":
         inner = bz2.BZ2File(packed)
     elif packing == "xz":
-        inner = lzma.LZMAFile(packed)
+        inner = lzma.LZMAFile(packed)  # noqa: SIM115 - closed with what it reads
     else:
         inner = Zstandard(packed)
     return cast(IO[bytes], io.BufferedReader(Guarded(inner, packed, packing, limits), BUFFER))

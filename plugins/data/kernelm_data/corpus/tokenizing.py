@@ -14,8 +14,21 @@ from kernelm_sdk.errors import ClientFault
 Ids = npt.NDArray[np.int32]
 END = "<|endoftext|>"
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")  # what tokenizers call the end of a text
-PROBES = ("", " ", "\n\n\n", "a", "  two  blanks ", "caf\u00e9 na\u00efve \u4e2d\u6587\u5b57\u7b26 \U0001f600", "x" * 300, "1234567890 3.14", "don't I'll WE'RE",
-          f"before {END} after", "tab\tand\r\nline", "e\u0301 \u00a0 \u200d", "<s> [SEP] [CLS] </s>")  # fmt: skip
+PROBES = (
+    "",
+    " ",
+    "\n\n\n",
+    "a",
+    "  two  blanks ",
+    "caf\u00e9 na\u00efve \u4e2d\u6587\u5b57\u7b26 \U0001f600",
+    "x" * 300,
+    "1234567890 3.14",
+    "don't I'll WE'RE",
+    f"before {END} after",
+    "tab\tand\r\nline",
+    "e\u0301 \u00a0 \u200d",
+    "<s> [SEP] [CLS] </s>",
+)
 
 
 class Encoder:
@@ -91,7 +104,8 @@ def load(path: Path) -> Tokenizer:
 
 
 def same_ids(path: Path, sample: Sequence[bytes]) -> tuple[bool, str]:
-    """Whether Gigatoken gives the ids of Hugging Face's tokenizers on the sample and on texts made to tell them apart; if not, why."""
+    """Whether Gigatoken gives the ids of Hugging Face's tokenizers on the sample and on texts made to tell them apart; if not,
+    why."""
     slow = Encoder(path, fast=False)
     texts = [*sample, *(probe.encode() for probe in PROBES)]
     try:

@@ -1,0 +1,216 @@
+"""`kernelm data describe | preview | search | diff`: what is in a dataset, without reading more of it than is asked for.
+
+A dataset is named by its digest, by the beginning of it, by its name (then the newest), or by a folder.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import App, Parameter
+from rich.table import Table
+from rich.text import Text
+
+from kernelm_cli.results import short
+from kernelm_cli.session import Output, connection, print_json, stdout
+from kernelm_contracts.data import DatasetCard
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import ArtifactList, ArtifactName, ArtifactQuery, Artifacts, OpenArtifact
+
+app = App(name="data", help="The datasets: what is in them, and where it went.", version_flags=[])
+
+SPLITS = ("train", "validation", "test")
+BATCH = 256  # rows read at a time
+WIDTH = 160  # characters of a text that are shown
+Dataset = Annotated[str, Parameter(name="DATASET", help="digest, beginning of a digest, name (the newest), or folder")]
+
+
+def _folder(name: str, home: Path | None) -> Path:
+    """Where the files of a dataset lie."""
+    if (Path(name) / "dataset.json").is_file():
+        return Path(name)
+
+    async def work() -> Path:
+        async with connection(home) as bus:
+            found: ArtifactList = await bus.call(Artifacts.find, ArtifactQuery("dataset", 10_000))
+            match = next(
+                (a for a in found.artifacts if a.digest.removeprefix("sha256:").startswith(name.removeprefix("sha256:"))), None
+            )
+            match = match or next((a for a in found.artifacts if a.metadata.get("name") == name), None)
+            if match is None:
+                names = ", ".join(sorted({str(a.metadata.get("name", "")) for a in found.artifacts})) or "there is none yet"
+                raise ClientFault(
+                    "not_found", f"no dataset {name!r} among {len(found.artifacts)}", f"give a digest, or a name: {names}"
+                )
+            opened: OpenArtifact = await bus.call(Artifacts.open, ArtifactName(match.digest), timeout_s=300.0)
+            return Path(opened.path)
+
+    return asyncio.run(work())
+
+
+def _card(folder: Path) -> DatasetCard:
+    try:
+        return msgspec.json.decode((folder / "dataset.json").read_bytes(), type=DatasetCard)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ClientFault("not_a_dataset", f"{folder}: dataset.json: {error}", "give a dataset that data.prepare made") from None
+
+
+def _batches(folder: Path, splits: tuple[str, ...], columns: list[str]) -> Iterator[tuple[str, Any]]:
+    """Split and record batch, some rows at a time."""
+    try:
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise ClientFault("not_installed", "reading datasets needs pyarrow", "pip install pyarrow") from None
+    for split in splits:
+        for path in (folder / f"{split}.parquet", *sorted((folder / split).glob("*.parquet"))):
+            if path.is_file():
+                file = pq.ParquetFile(path)
+                wanted = [name for name in columns if name in file.schema_arrow.names]
+                for batch in file.iter_batches(BATCH, columns=wanted):
+                    yield split, batch
+
+
+def _splits(split: str) -> tuple[str, ...]:
+    if split and split not in SPLITS:
+        raise ClientFault("unknown_split", f"--split: {split!r} is no split", f"give one of {', '.join(SPLITS)}")
+    return (split,) if split else SPLITS
+
+
+def _shown(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+@app.command
+def describe(dataset: Dataset, /, *, output: Output = Output()) -> int:
+    """Show what each step did, the splits, and the version."""
+    folder = _folder(dataset, output.folder)
+    card = _card(folder)
+    if output.json:
+        print_json(card)
+        return 0
+    out = stdout()
+    before = f"; before it: {short(card.parent)}" if card.parent else ""
+    out.print(f"[bold]{card.name}[/], version {card.version}{before}"
+              + (f", from {card.bytes_in / 1e6:,.1f} MB of input" if card.bytes_in else ""))  # fmt: skip
+    table = Table()
+    for name in ("step", "in", "out", "dropped", "changed"):
+        table.add_column(name, justify="right" if name in ("in", "out") else "left")
+    for step in card.steps:
+        table.add_row(step.name, f"{step.documents_in:,}", f"{step.documents_out:,}", _counts(step.reasons), _counts(step.changed))
+    out.print(table)
+    for name, split in card.splits.items():
+        labels = f" ({_counts(split.per_label)})" if split.per_label else ""
+        out.print(f"{name}: {split.documents:,} documents" + (f", {split.tokens:,} tokens" if split.tokens else "") + labels)
+    private = card.private
+    out.print(
+        "private data: nobody looked for any"
+        if private is None
+        else f"private data: {private.affected:,} of {private.documents:,} documents held some; left: "
+        + (_counts(private.left) or "none")
+    )
+    pages = [name for name in ("report.html", "card.md") if (folder / name).is_file()]
+    out.print(f"more in {', '.join(str(folder / name) for name in pages)}", soft_wrap=True)
+    return 0
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+@app.command
+def preview(dataset: Dataset, /, *, rows: int = 10, split: str = "", full: bool = False, output: Output = Output()) -> int:
+    """Show some documents, from the whole of the dataset."""
+    folder = _folder(dataset, output.folder)
+    card, chosen = _card(folder), _splits(split)
+    total = sum(s.documents for name, s in card.splits.items() if name in chosen)
+    step = max(total // max(rows, 1), 1)
+    found: list[dict[str, Any]] = []
+    at = 0
+    for name, batch in _batches(folder, chosen, ["id", "text", "label", "source", "input_ids"]):
+        first = -at % step
+        for row in range(first, batch.num_rows, step):
+            if len(found) < rows:
+                found.append({"split": name} | batch.slice(row, 1).to_pylist()[0])
+        at += batch.num_rows
+        if len(found) >= rows:
+            break
+    if output.json:
+        print_json(found)
+        return 0
+    for row in found:
+        label = card.labels[row["label"]] if isinstance(row.get("label"), int) else row.get("label") or ""
+        tokens = f" · {len(row['input_ids']):,} tokens" if row.get("input_ids") is not None else ""
+        stdout().print(Text.assemble((row["id"], "bold"), f" · {row['split']}{' · ' + label if label else ''}{tokens}"))
+        stdout().print(Text("  " + (row["text"] if full else _shown(row["text"], WIDTH))))
+    stdout().print(f"{len(found)} of {total:,} documents")
+    return 0
+
+
+@app.command
+def search(dataset: Dataset, pattern: str, /, *, split: str = "", most: int = 20, output: Output = Output()) -> int:
+    """Find documents by a regular expression (RE2) in their text; small and capital letters are the same."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    folder = _folder(dataset, output.folder)
+    found: list[dict[str, str]] = []
+    count = documents = 0
+    for name, batch in _batches(folder, _splits(split), ["id", "text"]):
+        documents += batch.num_rows
+        try:
+            at = pc.find_substring_regex(batch.column("text"), pattern, ignore_case=True)
+        except pa.ArrowInvalid as error:
+            raise ClientFault("invalid", f"PATTERN: {error}", "see https://github.com/google/re2/wiki/Syntax") from None
+        for row in pc.indices_nonzero(pc.greater_equal(at, 0)).to_pylist():
+            count += 1
+            if len(found) < most:
+                text = batch.column("text")[row].as_py()
+                start = len(text.encode()[: at[row].as_py()].decode("utf-8", "ignore"))  # the position is in bytes
+                found.append(
+                    {"split": name, "id": batch.column("id")[row].as_py(), "text": _shown(text[max(start - 60, 0) :], WIDTH)}
+                )
+    if output.json:
+        print_json({"documents": documents, "matches": count, "first": found})
+        return 0 if count else 1
+    for row_ in found:
+        stdout().print(Text.assemble((row_["id"], "bold"), f" · {row_['split']}"))
+        line = Text("  " + row_["text"])
+        stdout().print(line)
+    stdout().print(f"{count:,} of {documents:,} documents")
+    return 0 if count else 1
+
+
+def _hashes(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Id -> split and hash of the text."""
+    result = {}
+    for split, batch in _batches(folder, SPLITS, ["id", "text"]):
+        for id, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
+            result[id] = (split, hashlib.blake2b(text.encode(), digest_size=12).digest())
+    return result
+
+
+@app.command
+def diff(one: Dataset, other: Annotated[str, Parameter(name="OTHER")], /, *, most: int = 10, output: Output = Output()) -> int:
+    """Compare two datasets: documents that came, went, moved to another split, or changed. 1 if they differ."""
+    folders = _folder(one, output.folder), _folder(other, output.folder)
+    a, b = (_hashes(folder) for folder in folders)
+    both = a.keys() & b.keys()
+    groups = {
+        "only in the first": sorted(a.keys() - b.keys()),
+        "only in the second": sorted(b.keys() - a.keys()),
+        "another text": sorted(id for id in both if a[id][1] != b[id][1]),
+        "another split": sorted(id for id in both if a[id][0] != b[id][0]),
+    }
+    if output.json:
+        print_json({"documents": [len(a), len(b)], **groups})
+        return int(any(groups.values()))
+    stdout().print(f"{len(a):,} and {len(b):,} documents, {len(both):,} in both")
+    for what, ids in groups.items():
+        if ids:
+            rest = f" and {len(ids) - most:,} more" if len(ids) > most else ""
+            stdout().print(f"[bold]{what}[/]: {len(ids):,}: {', '.join(ids[:most])}{rest}", soft_wrap=True)
+    return int(any(groups.values()))

@@ -1,0 +1,342 @@
+"""`make bench-data`: raw text to deduplicated token ids, ours, a chain of what people use, and datatrove with the same steps.
+
+Text: Python files, Markdown, reStructuredText, plain text and HTML of this machine: the folders of DATA_ROOTS (default: Python's
+library and site-packages, /usr/share/doc). MB/s/core is MB of input by CPU seconds of all processes, imports included, so that
+other work on the machine counts for nobody.
+
+A quick check: DATA_MB=20 DATA_PEER_MB=10 DATA_PEAK_MB=0 make bench-data
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from reporting import ROOT, conditions, finish, say
+
+MB = float(os.environ.get("DATA_MB", "200"))
+PEER_MB = float(os.environ.get("DATA_PEER_MB", "20"))  # the peers are slow, and linear
+PEAK_MB = float(os.environ.get("DATA_PEAK_MB", "2000"))  # 0: the peak is not measured
+HTML_MB = float(os.environ.get("DATA_HTML_MB", "5"))
+RECALL_DOCUMENTS = int(os.environ.get("DATA_RECALL_DOCUMENTS", "4000"))
+DEFAULT_ROOTS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc", "/usr/lib/python3")
+ROOTS = [Path(p) for p in (os.environ["DATA_ROOTS"].split(":") if os.environ.get("DATA_ROOTS") else DEFAULT_ROOTS)]
+SUFFIXES = {".py", ".md", ".rst", ".txt", ".html"}
+WORK = ROOT / "build" / "bench" / "data"
+ONE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+
+
+def collect() -> tuple[list[Path], list[Path]]:
+    """Files of text and of HTML, in a random order that is always the same."""
+    found = sorted(
+        {path for root in ROOTS for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file() and not path.is_symlink()}
+    )
+    random.Random(0).shuffle(found)
+    return [p for p in found if p.suffix != ".html"], [p for p in found if p.suffix == ".html"]
+
+
+def texts(files: list[Path]) -> Iterator[tuple[str, str]]:
+    for path in files:
+        try:
+            text = path.read_bytes().decode()
+        except (UnicodeDecodeError, OSError):
+            continue
+        if len(text) < 2_000_000 and text.strip():
+            yield path.as_posix(), text
+
+
+def write_jsonl(files: list[Path], folder: Path, mb: float, parts: int) -> float:
+    """Documents of about `mb` MB in `parts` files; the MB that there were. Over again, with a word more, if there are too few."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sinks = [(folder / f"{i:03}.jsonl").open("w") for i in range(parts)]
+    size, n, lap = 0, 0, 0
+    while size < mb * 1e6 and lap < 40:
+        for id, text in texts(files):
+            more = " ".join(f"{word} lap{lap}" for word in text.split(" ")) if lap else text  # no near duplicate of the lap before
+            sinks[n % parts].write(json.dumps({"id": f"{id}#{lap}", "text": more}, ensure_ascii=False) + "\n")
+            size += len(more.encode())
+            n += 1
+            if size >= mb * 1e6:
+                break
+        lap += 1
+    for sink in sinks:
+        sink.close()
+    say(f"{folder.name}: {size / 1e6:,.0f} MB, {n:,} documents, {lap} lap(s)")
+    return size / 1e6
+
+
+def measured(part: str, *arguments: str, one: bool = True) -> dict[str, Any]:
+    """Run a part of this file in a process of its own: its answer, with wall and CPU seconds and the peak of memory in GB."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, __file__, part, *arguments], stdout=subprocess.PIPE, env=os.environ | (ONE if one else {})
+    )
+    peak = [0]
+    threading.Thread(target=_watch, args=(child.pid, peak), daemon=True).start()
+    out, _ = child.communicate()
+    if child.returncode:
+        raise SystemExit(f"{part} failed")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    result = json.loads(out.splitlines()[-1]) if out.strip() else {}
+    return result | {"cpu_s": round(cpu, 2), "wall_s": round(time.monotonic() - began, 2), "peak_gb": round(peak[0] / 1e9, 3)}
+
+
+def _watch(pid: int, peak: list[int]) -> None:
+    while True:
+        try:
+            process = psutil.Process(pid)
+            total = 0
+            for each in (process, *process.children(recursive=True)):
+                try:
+                    total += each.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            peak[0] = max(peak[0], total)
+        except psutil.Error:
+            return
+        time.sleep(0.5)  # between two looks
+
+
+def ours(source: str, out: str, filters: str, workers: str, tokenizer: str) -> None:
+    """kernelm."""
+    from kernelm_contracts.data import Filter, Input, Pack, PrepareRequest, Split, Store, Tokenize
+    from kernelm_data.corpus.pipeline import Sources, prepare
+
+    shutil.rmtree(out, ignore_errors=True)
+    (Path(out) / "dataset").mkdir(parents=True)
+    request = PrepareRequest(
+        "sha256:bench",
+        "auto",
+        filters=tuple(Filter(name) for name in filters.split(",") if name),
+        pack=Pack(2048),
+        split=Split(0, 0),
+        tokenize=Tokenize("sha256:t"),
+        max_broken=1.0,
+        store=Store(shard_mb=16, zstd_level=1),
+    )
+    sources = Sources((Input(artifact="sha256:bench"),), (Path(source),), Path(tokenizer))
+    card = prepare(sources, request, Path(out) / "work", Path(out) / "dataset", lambda *_: None, workers=int(workers))
+    print(json.dumps({"documents": card.splits["train"].documents, "tokens": card.splits["train"].tokens}))
+
+
+def usual(source: str, out: str, tokenizer: str) -> None:
+    """Regular expressions, datasketch, Hugging Face's tokenizers."""
+    import re
+    import unicodedata
+
+    from datasketch import MinHash, MinHashLSH
+    from tokenizers import Tokenizer
+
+    control, blanks, breaks, word = (
+        re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]"),
+        re.compile(r"[^\S\n]+"),
+        re.compile(r"\n{3,}"),
+        re.compile(r"\w+"),
+    )
+    model = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
+    index = MinHashLSH(threshold=0.8, num_perm=128)
+    seen: set[str] = set()
+    kept: list[str] = []
+    for path in sorted(Path(source).glob("*.jsonl")):
+        for n, line in enumerate(path.open()):
+            text = unicodedata.normalize("NFC", json.loads(line)["text"])
+            text = breaks.sub("\n\n", blanks.sub(" ", control.sub("", text))).strip()
+            if len(text) < 20 or text in seen:
+                continue
+            seen.add(text)
+            words = word.findall(text.lower())
+            sketch = MinHash(num_perm=128)
+            sketch.update_batch([" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))])
+            if not index.query(sketch):
+                index.insert(f"{path}{n}", sketch)
+                kept.append(text)
+    tokens = 0
+    with Path(out).open("w") as sink:
+        for start in range(0, len(kept), 128):
+            for text, encoding in zip(kept[start : start + 128], model.encode_batch(kept[start : start + 128]), strict=True):
+                tokens += len(encoding.ids)
+                sink.write(json.dumps({"text": text, "input_ids": encoding.ids}) + "\n")
+    print(json.dumps({"documents": len(kept), "tokens": tokens}))
+
+
+def datatrove(source: str, out: str, tokenizer: str) -> None:
+    """datatrove's own pipeline: the same filters, MinHash deduplication, tokens."""
+    import xxhash
+
+    digest = xxhash.xxh64_intdigest  # datatrove 0.10 gives it text, which xxhash 4 does not take any more
+    xxhash.xxh64_intdigest = lambda data: digest(data.encode() if isinstance(data, str) else data)
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.formatters import FTFYFormatter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.pipeline.writers import JsonlWriter
+
+    shutil.rmtree(out, ignore_errors=True)
+    tasks, form = len(list(Path(source).glob("*.jsonl"))), MinhashConfig(num_buckets=14, hashes_per_bucket=8)
+    clean = [JsonlReader(source), FTFYFormatter(), GopherQualityFilter(), GopherRepetitionFilter(), FineWebQualityFilter(),
+             JsonlWriter(f"{out}/clean", compression=None)]  # fmt: skip
+    stages: list[tuple[list[Any], int]] = [
+        (clean, tasks),
+        ([JsonlReader(f"{out}/clean"), MinhashDedupSignature(f"{out}/sig", config=form)], tasks),
+        ([MinhashDedupBuckets(f"{out}/sig", f"{out}/buckets", config=form)], form.num_buckets),
+        ([MinhashDedupCluster(f"{out}/buckets", f"{out}/remove", config=form)], 1),
+        (
+            [
+                JsonlReader(f"{out}/clean"),
+                MinhashDedupFilter(f"{out}/remove"),
+                DocumentTokenizer(
+                    f"{out}/tokens", str(Path(tokenizer) / "tokenizer.json"), eos_token="<|endoftext|>", shuffle_documents=False
+                ),
+            ],
+            tasks,
+        ),
+    ]
+    for number, (pipeline, count) in enumerate(stages):
+        LocalPipelineExecutor(pipeline, tasks=count, workers=1, logging_dir=f"{out}/logs{number}").run()
+    tokens = sum(path.stat().st_size // 2 for path in Path(f"{out}/tokens").glob("*.ds"))
+    print(json.dumps({"tokens": tokens}))
+
+
+def recall(tokenizer: Path) -> tuple[float, int]:
+    """The share of pairs with an exact Jaccard similarity of 0.8 or more of which not both stay, and how many pairs there are."""
+    import numpy as np
+
+    from kernelm_data.corpus.store import Documents
+    from kernelm_data.duplicates import grams
+
+    source = WORK / "recall"
+    write_jsonl(collect()[0][:RECALL_DOCUMENTS], source, 1e4 if RECALL_DOCUMENTS < 1 else 60, 1)
+    measured("ours", str(source), str(WORK / "out-recall"), "", "0", str(tokenizer))
+    sets, stays, seen = [], [], set()
+    for folder in sorted((WORK / "out-recall" / "work" / "first").iterdir()):
+        documents = Documents(folder / "docs.arrow")
+        assigned = np.load(WORK / "out-recall" / "work" / "keep" / f"{folder.name}.npy")
+        for row in range(len(documents)):
+            text = documents.text(row).tobytes()
+            if text not in seen and len(text) < 200_000:
+                seen.add(text)
+                sets.append(set(grams(text.decode())))
+                stays.append(assigned[row] != 255)
+    holders: dict[str, list[int]] = {}
+    pairs = missed = 0
+    for j, members in enumerate(sets):
+        common = Counter(i for gram in members for i in holders.get(gram, ()))
+        for i, count in common.items():
+            if count / (len(sets[i]) + len(members) - count) >= 0.8:
+                pairs += 1
+                missed += bool(stays[i] and stays[j])
+        for gram in members:
+            holders.setdefault(gram, []).append(j)
+    return 1 - missed / max(pairs, 1), pairs
+
+
+def identical(folder: Path, tokenizer: Path) -> tuple[int, int]:
+    """Documents of one shard, and how many of them have exactly the ids of Hugging Face's tokenizers."""
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer
+
+    model = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    end = model.token_to_id("<|endoftext|>")
+    path = sorted((folder / "train").glob("*.parquet"))[0]
+    packed = [i for row in pq.read_table(folder / "packed" / "train" / path.name)["input_ids"].to_pylist() for i in row]
+    at = same = 0
+    found = pq.read_table(path)["text"].to_pylist()
+    for text in found:
+        ids = [*model.encode(text, add_special_tokens=False).ids, end]
+        same += packed[at : at + len(ids)] == ids
+        at += len(ids)
+    return len(found), same
+
+
+def html_rates(pages: list[Path]) -> dict[str, float]:
+    """MB/s of CPU time from HTML to text: ours, trafilatura (datatrove's extractor), tags taken out by a regular expression."""
+    import re
+
+    from trafilatura import extract
+
+    from kernelm_data.corpus.markup import html_text
+
+    chosen, size = [], 0
+    for page in pages:
+        chosen.append(page.read_bytes())
+        size += len(chosen[-1])
+        if size > HTML_MB * 1e6:
+            break
+    html_text(chosen[0])
+    rates = {"mb": size / 1e6}
+    ways: dict[str, Any] = {"ours": html_text, "trafilatura": lambda page: extract(page.decode("utf-8", "replace")),
+                            "regex": lambda page: re.sub(r"<[^>]+>", " ", page.decode("utf-8", "replace"))}  # fmt: skip
+    for name, way in ways.items():
+        began = time.process_time()
+        for page in chosen:
+            way(page)
+        rates[name] = round(size / 1e6 / (time.process_time() - began), 2)
+    return rates
+
+
+def main() -> None:
+    files, pages = collect()
+    tokenizer = WORK / "tokenizer"
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    large = write_jsonl(files, WORK / "text", MB, 16)
+    small = write_jsonl(files, WORK / "peers", min(PEER_MB, MB), 2)
+    if not (tokenizer / "tokenizer.json").exists():
+        from kernelm_contracts.data import Train
+        from kernelm_data.corpus.tokenizing import train
+
+        say("training a byte-level BPE of 32,000 tokens")
+        train(Train("bpe", 32_000), (text for _, text in list(texts(files[:3000])))).save(str(tokenizer / "tokenizer.json"))
+    t, filters = str(tokenizer), "gopher-quality,gopher-repetition,fineweb"
+    measured("ours", str(WORK / "peers"), str(WORK / "warm"), filters, "0", t)  # compiled code is cached from now on
+    runs: dict[str, dict[str, Any]] = {}
+    for name, mb, part, arguments in (
+        ("ours, steps of the usual chain", large, "ours", (str(WORK / "text"), str(WORK / "out"), "", "0", t)),
+        ("ours, steps of datatrove", large, "ours", (str(WORK / "text"), str(WORK / "out-filtered"), filters, "0", t)),
+        ("ours, a small input", small, "ours", (str(WORK / "peers"), str(WORK / "out-small"), "", "0", t)),
+        ("ours, all cores", large, "ours", (str(WORK / "text"), str(WORK / "out-all"), "", str(os.cpu_count()), t)),
+        ("usual chain", small, "usual", (str(WORK / "peers"), str(WORK / "usual.jsonl"), t)),
+        ("datatrove", small, "datatrove", (str(WORK / "peers"), str(WORK / "datatrove"), t)),
+    ):
+        runs[name] = measured(part, *arguments) | {"mb": round(mb, 1)}
+        runs[name]["mb_per_s_core"] = round(mb / runs[name]["cpu_s"], 3)
+        say(f"{name}: {runs[name]}")
+    found, pairs = recall(tokenizer)
+    documents, same = identical(WORK / "out" / "dataset", tokenizer)
+    rates = html_rates(pages) if pages else {}
+    goals = {
+        "vs_usual_chain": runs["ours, steps of the usual chain"]["mb_per_s_core"] / runs["usual chain"]["mb_per_s_core"],
+        "vs_datatrove": runs["ours, steps of datatrove"]["mb_per_s_core"] / runs["datatrove"]["mb_per_s_core"],
+        "dedup_recall": found,
+    }
+    if PEAK_MB:
+        write_jsonl(files, WORK / "peak", PEAK_MB, 32)
+        runs["ours, peak"] = measured("ours", str(WORK / "peak"), str(WORK / "out-peak"), filters, str(os.cpu_count()), t)
+        goals["peak_gb"] = runs["ours, peak"]["peak_gb"]
+    where = conditions(
+        "datatrove", "datasketch", "tokenizers", "gigatoken", "numba", mb=round(large, 1), roots=[str(r) for r in ROOTS]
+    )
+    finish("data", goals, where, runs=runs, pairs=pairs, same_ids=f"{same} of {documents}", html_mb_per_s=rates)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        {"ours": ours, "usual": usual, "datatrove": datatrove}[sys.argv[1]](*sys.argv[2:])
+    else:
+        main()
