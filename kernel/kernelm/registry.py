@@ -93,12 +93,13 @@ class Registry:
 
 
 def negotiate(offered: tuple[ContractVersion, ...], plugin: str) -> tuple[str, ...]:
-    """The contracts agreed on: of each name the highest major that both sides have. Contracts that the kernel itself
-    speaks must match in schema; of all others it only routes names, so what a plugin offers is taken."""
+    """The contracts agreed on: of each name the highest major that both sides have. Within a major only optional fields are
+    ever added (released schemas are compared in CI), so another schema of the same major is an older or newer one that fits.
+    Of contracts that the kernel does not speak itself it only routes names, so what a plugin offers is taken."""
     agreed: dict[str, ContractVersion] = {}
+    names = {contract.name for contract in CONTRACTS.values()}
     for contract in sorted(offered, key=lambda c: int(c.id.partition("/")[2] or 0)):
-        ours = CONTRACTS.get(contract.id)
-        if ours is None or ours.schema_hash() == contract.schema_hash:
+        if contract.id in CONTRACTS or contract.id.partition("/")[0] not in names:
             agreed[contract.id.partition("/")[0]] = contract
     if offered and not agreed:
         theirs = ", ".join(f"{c.id} ({c.schema_hash})" for c in offered)

@@ -56,13 +56,13 @@ def texts(files: list[Path]) -> Iterator[tuple[str, str]]:
             yield path.as_posix(), text
 
 
-def write_jsonl(files: list[Path], folder: Path, mb: float, parts: int) -> float:
+def write_jsonl(files: list[Path], folder: Path, mb: float, parts: int, laps: int = 40) -> float:
     """Documents of about `mb` MB in `parts` files; the MB that there were. Over again, with a word more, if there are too few."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sinks = [(folder / f"{i:03}.jsonl").open("w") for i in range(parts)]
     size, n, lap = 0, 0, 0
-    while size < mb * 1e6 and lap < 40:
+    while size < mb * 1e6 and lap < laps:
         for id, text in texts(files):
             more = " ".join(f"{word} lap{lap}" for word in text.split(" ")) if lap else text  # no near duplicate of the lap before
             sinks[n % parts].write(json.dumps({"id": f"{id}#{lap}", "text": more}, ensure_ascii=False) + "\n")
@@ -81,14 +81,15 @@ def measured(part: str, *arguments: str, one: bool = True) -> dict[str, Any]:
     """Run a part of this file in a process of its own: its answer, with wall and CPU seconds and the peak of memory in GB."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, __file__, part, *arguments], stdout=subprocess.PIPE, env=os.environ | (ONE if one else {})
-    )
+    log = (WORK / f"{part}.log").open("w")  # datatrove tells a lot
+    command = [sys.executable, __file__, part, *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | (ONE if one else {}))
     peak = [0]
     threading.Thread(target=_watch, args=(child.pid, peak), daemon=True).start()
     out, _ = child.communicate()
+    log.close()
     if child.returncode:
-        raise SystemExit(f"{part} failed")
+        raise SystemExit(f"{part} failed: see {WORK / part}.log")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     result = json.loads(out.splitlines()[-1]) if out.strip() else {}
@@ -222,7 +223,7 @@ def recall(tokenizer: Path) -> tuple[float, int]:
     from kernelm_data.duplicates import grams
 
     source = WORK / "recall"
-    write_jsonl(collect()[0][:RECALL_DOCUMENTS], source, 1e4 if RECALL_DOCUMENTS < 1 else 60, 1)
+    write_jsonl(collect()[0][:RECALL_DOCUMENTS], source, 60, 1, laps=1)
     measured("ours", str(source), str(WORK / "out-recall"), "", "0", str(tokenizer))
     sets, stays, seen = [], [], set()
     for folder in sorted((WORK / "out-recall" / "work" / "first").iterdir()):

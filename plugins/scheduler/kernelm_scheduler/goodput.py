@@ -54,7 +54,8 @@ class Planning:
         self.known = {h.job.id: h for h in held}
         self.known |= {job.id: Holding(job, (), "") for job in waiting}
         targets = self._solved(self._choices())
-        before = (self.room.free.copy(), self.room.long.copy(), {p: s.copy() for p, s in self.room.slots.items()}, dict(self.ledger.held))
+        slots = {plugin: counts.copy() for plugin, counts in self.room.slots.items()}
+        before = (self.room.free.copy(), self.room.long.copy(), slots, dict(self.ledger.held))
         placed = self._settled(targets)
         if placed is None:
             self._restore(before)
@@ -66,7 +67,8 @@ class Planning:
     def _left(self, type: str) -> int:
         """Devices of a type that the plan may hand out."""
         free = float(self.room.long[:, self.index.column[type]].clip(0.0).sum()) if type in self.index.column else 0.0
-        return int(free) + sum(size(h.shares) * h.job.request.gpus for h in self.known.values() if h.shares and h.shares[0].type == type)
+        mine = (h for h in self.known.values() if h.shares and h.shares[0].type == type)
+        return int(free) + sum(size(h.shares) * h.job.request.gpus for h in mine)
 
     def _configurations(self, job: Job, now: Target | None) -> list[tuple[Target, float]]:
         """((type, members), speed): powers of two within a node and whole nodes, which never lie split, and what it has."""

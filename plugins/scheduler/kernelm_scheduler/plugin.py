@@ -1,5 +1,6 @@
 """`scheduler/1` on the bus; every decision is made in `policy.py`."""
 
+import gc
 from typing import Any
 
 from kernelm_contracts.scheduler import ClusterDelta, ClusterState, Decisions, Scheduler
@@ -21,6 +22,7 @@ class SchedulerPlugin(Plugin, Scheduler):
         super().__init__(context, settings)
         self._scoring = installed(settings.weights.hooks)
         self._kept: dict[str, tuple[Index, dict[str, policy.Answer]]] = {}  # source -> its state, the last answers to who waits
+        self._frozen: set[str] = set()  # sources whose first snapshot is out of the collector's sight
 
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
         index = Index.of(request, self.settings)
@@ -39,4 +41,8 @@ class SchedulerPlugin(Plugin, Scheduler):
         index.apply(request)
         if request.more:
             return Decisions(index.version, ())
-        return policy.news(index, answered)
+        answer = policy.news(index, answered)
+        if index.source not in self._frozen:
+            self._frozen.add(index.source)
+            gc.freeze()  # the snapshot lives on: a full collection would look through all of it, for longer than a round
+        return answer

@@ -8,7 +8,7 @@ Filter and score after the Kubernetes scheduling framework, age after Slurm's mu
 
 from heapq import heapify, heappop, heapreplace
 
-from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, ModelState, PendingJob, PlacedJob, Share
+from kernelm_contracts.scheduler import Action, ClusterState, Decision, Decisions, ModelState, PendingJob, PlacedJob, Share
 from kernelm_scheduler.amounts import allocation_of, amount_of, duration, plannable, size, words
 from kernelm_scheduler.backfill import Reservations
 from kernelm_scheduler.elastic import Growing
@@ -115,10 +115,14 @@ class Round:
         """Take the jobs whose tenant stays within its nominal quota; the others, in order."""
         others: list[Entry] = []
         tenants, beyond = self.ledger.tenants, self._beyond
+        full, dead, dead_short = self._full, self._dead, self._dead_short
         for entry in self._in_order():
             ask = entry[4]
             if ask in beyond:
                 others.append(entry)
+                continue
+            if self._over and (blocked := full.get(ask) or (dead[ask] if ask in dead and ask in dead_short else None)):
+                self.waits.append((entry[3], blocked))  # as `_take`: the way of nearly all, in a long queue
                 continue
             more = ask.tenant in tenants and self.ledger.borrows(ask.tenant, ask.whole)
             if more and not impossible(ask, self.index, self.ledger):
@@ -358,18 +362,17 @@ class Round:
         order, stopped = planning.in_order(changed)
         for id in stopped:
             self.changed[id] = ()
-            plugin = changed[id].plugin
-            self.last.append(Decision(id, "preempt", self.index.placed[id].node, plugin, "changes places with another"))
+            node = self.index.placed[id].node
+            self.last.append(Decision(id, "preempt", node, changed[id].plugin, "changes places with another"))
         for id in order:
             shares, plugin = changed[id].shares, changed[id].plugin
             members, kind = size(shares), shares[0].type or "any type"
+            action: Action = "place"
             if id in self.index.placed:
                 self.changed[id] = shares
-                same = members == size(allocation_of(self.index.placed[id]))
-                reason = f"{members} members on {kind}: most goodput, by what is left of each job"
-                self.last.append(Decision(id, "migrate" if same else "resize", shares[0].node, plugin, reason, 0.0, shares))
-            else:
-                self.last.append(Decision(id, "place", shares[0].node, plugin, f"{plugin}, {members} members on {kind}", 0.0, shares))
+                action = "migrate" if members == size(allocation_of(self.index.placed[id])) else "resize"
+            reason = f"{members} members on {kind}: most goodput, by what is left of each job"
+            self.last.append(Decision(id, action, shares[0].node, plugin, reason, 0.0, shares))
         again = {new[id][0] for id in changed if id in new}
         self.made = [d for at, d in enumerate(self.made) if at not in again]
         self.waits = [w for w in self.waits if w[0].id not in changed]

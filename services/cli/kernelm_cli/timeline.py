@@ -114,7 +114,7 @@ def draw(path: Path, found: Sequence[Lane], capacity: float = 0.0, curves: Seque
     rows = [*(lane for lane in shown if lane.model), *[lane for lane in shown if not lane.model][-ROWS:]]
     zero, end = min(s.begin for lane in shown for s in lane.spans), max(s.end for lane in shown for s in lane.spans)
     unit, name = _unit(end - zero)
-    heights = [2.2, 0.5 + 0.16 * len(rows), *[1.4] * len(curves)]
+    heights = [2.2, max(0.5 + 0.16 * len(rows), 1.4), *[1.4] * len(curves)]
     figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]

@@ -1,0 +1,76 @@
+"""A corpus job in the plugin, over a context whose store is a folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kernelm_contracts.data import Input, PrepareRequest, Split, Store
+from kernelm_data.corpus import pipeline
+from kernelm_data.plugin import DataPlugin
+from kernelm_data.settings import DataSettings
+from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.plugin import Job
+
+
+class FolderContext:
+    """What the handlers use of `kernelm_sdk.plugin.Context`; artifacts are folders under their names."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.folders, self.kinds, self.lineage = scratch, {}, {}, {}
+
+    async def artifact(self, digest: str) -> Path:
+        return self.folders[digest]
+
+    async def store(self, folder: Path, kind: str, metadata=None, **lineage: str) -> str:
+        digest = f"sha256:{len(self.folders):064}"
+        self.folders[digest] = shutil.copytree(folder, self.scratch / f"stored{len(self.folders)}")
+        self.kinds[digest], self.lineage[digest] = kind, lineage
+        return digest
+
+    async def publish(self, event) -> None:
+        """Nobody listens."""
+
+
+@pytest.fixture
+def context(tmp_path, source):
+    context = FolderContext(tmp_path / "scratch")
+    context.folders["sha256:s"] = source
+    return context
+
+
+async def test_goes_on_from_its_checkpoints_and_redoes_nothing(context, monkeypatch):
+    monkeypatch.setattr(pipeline, "SAVE_S", 0.0)
+    request = PrepareRequest("sha256:s", "auto", split=Split(0, 0), store=Store(shard_mb=0.03))
+    plugin = DataPlugin(context, DataSettings())
+    job = Job(context, "jobs", "j1", 1)
+    done = await plugin.prepare(request, job)
+    assert done.documents == 30
+    checkpoints = [digest for digest, kind in context.kinds.items() if kind == "checkpoint"]
+    assert len(checkpoints) > 4
+    assert job.checkpoint == checkpoints[-1]
+    assert context.lineage[done.dataset] == {"job": "j1", "source": "sha256:s"}
+
+    redone: list[int] = []
+    run = pipeline.pool.run
+
+    def watched(task, path, shards, *rest):
+        redone.extend(shard[0] for shard in shards)
+        return run(task, path, shards, *rest)
+
+    monkeypatch.setattr(pipeline.pool, "run", watched)
+    again = await plugin.prepare(request, Job(context, "jobs", "j1", 2, checkpoint=checkpoints[2]))
+    assert again.card == done.card
+    names = {p.relative_to(context.folders[done.dataset]) for p in context.folders[done.dataset].rglob("*.parquet")}
+    assert all((context.folders[again.dataset] / n).read_bytes() == (context.folders[done.dataset] / n).read_bytes() for n in names)
+    first_pass = redone[: redone.index(0)] if 0 in redone else redone
+    assert len(first_pass) == len(checkpoints) // 2 - 3  # three of the shards were in the checkpoints
+
+
+async def test_a_url_that_is_not_granted_is_refused(context, source):
+    request = PrepareRequest("", "auto", inputs=(Input(url=str(source)),), split=Split(0, 0))
+    with pytest.raises(ClientFault) as caught:
+        await DataPlugin(context, DataSettings()).prepare(request, Job(context, "jobs", "j1", 1))
+    assert caught.value.code == "not_granted"
+    granted = DataPlugin(context, DataSettings(urls=(str(source.parent),)))
+    assert (await granted.prepare(request, Job(context, "jobs", "j2", 1))).documents == 30
