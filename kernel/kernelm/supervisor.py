@@ -139,7 +139,7 @@ class Supervisor:
 
     def _ask_to_start(self, name: str, spec: PoolSpec, manifest: Manifest, node: str) -> None:
         """Issue a one-time token and have the node start the instance; a slow node keeps no other pool waiting."""
-        token = self._authority.token(name, Grant("plugin", name, spec.pool, spec.plugin, calls=manifest.calls))
+        token = self._authority.token(name, Grant("plugin", name, spec.pool, spec.plugin, manifest.calls, events=manifest.events))
         request = StartInstance(
             name, spec.plugin, spec.pool, spec.runtime or manifest.runtimes[0], token, spec.needs or manifest.needs, spec.source,
             manifest.limits, manifest.isolated, manifest.network, spec.image, spec.artifacts,

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def write(folder: Path, kind: str, defect: str = "") -> Path:
     if defect.startswith("conformance.toml:"):
         (folder / "conformance.toml").write_text(defect.partition(":")[2])
     elif defect:
+        if granted := re.search(r"TYPE = '([a-z.]+)'", defect):  # or the broker alone would keep it from being heard
+            manifest = next(folder.glob("*/kernelm-plugin.toml"))
+            manifest.write_text(manifest.read_text() + f'events = ["{granted[1]}"]\n')
         file.write_text(file.read_text() + mutants.HEAD + defect + "\n")
     return folder
 

@@ -48,6 +48,8 @@ NOT_GRANTED = [
     "svc.kernel.v1.hello.admin", "svc.kernel.v1.renew.jobs", "svc.work.v1.report.data-1",  # in another's name
     "inst.data-1.plugin.v1.stop.mallory", "inst.data-1.data.v1.prepare.jobs",  # at another instance
     "evt.plugin.state.kernel", "evt.job.state.jobs", "evt.key.changed.mallory.x",  # an event from another source
+    "evt.plugin.state.mallory", "evt.swap.phase.mallory", "evt.model.deployed.mallory",  # the system's word, in its own name
+    "evt.weather.changed.mallory",  # an event that its manifest does not list
     "$KV.leases.kernel", "$KV.leases.data-1", "$KV.registry.instance.x", "$KV.keys.a", "$KV.routes.leader", "$KV.jobs.job.a",
     "$JS.API.DIRECT.GET.KV_keys.$KV.keys.a", "$JS.API.DIRECT.GET.KV_registry", "$JS.API.DIRECT.GET.EVT",
     "$JS.API.STREAM.DELETE.EVT", "$JS.API.STREAM.PURGE.KV_keys", "$JS.API.STREAM.UPDATE.EVT", "$JS.API.STREAM.CREATE.X",

@@ -51,7 +51,8 @@ class ClockworkPlugin(Plugin, Clockwork):
             yield Number(k)
 
 
-MANIFEST = Manifest("clockwork", "1", "ticks", ("clockwork/1",), f"{__name__}:ClockworkPlugin")
+MANIFEST = Manifest("clockwork", "1", "ticks", ("clockwork/1",), f"{__name__}:ClockworkPlugin",
+                    events=("renewal.ticked",))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Tokens, claims and the allow lists that are compiled from a grant."""
 
+import re
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from kernelm_authority.identity import Authority, Grant, admin, init_home, permissions, read
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.plugin import parse_manifest
 
 
 @pytest.fixture
@@ -69,3 +71,16 @@ def test_account_claims_carry_the_table(authority: Authority) -> None:
 def test_a_folder_that_is_no_home(tmp_path: Path) -> None:
     with pytest.raises(ClientFault, match="no kernelm home"):
         admin(tmp_path)
+
+
+def test_a_plugin_publishes_the_events_that_its_manifest_lists_and_never_the_systems() -> None:
+    wanted = ("dataset.prepared", "swap.phase", "model.deployed", "model.trained", "a.b.c", "*.x", ">")
+    publish, _ = permissions(Grant("plugin", "me", "pool", "p", events=wanted))
+    assert [s for s in publish if s.startswith("evt")] == ["evt.dataset.prepared.me", "evt.model.trained.me"]
+
+
+@pytest.mark.parametrize("event", ["swap.phase", "job.state", "model.deployed", "flat", "a.b.c", "*.x", "A.b"])
+def test_a_manifest_that_wants_to_speak_for_the_system_is_refused_by_name(event: str) -> None:
+    text = f'name="p"\nversion="1"\nsummary="s"\ncontracts=["p/1"]\nentry="p:P"\nevents=["model.trained", "{event}"]\n'
+    with pytest.raises(ClientFault, match=re.escape(f"there: plugin 'p' wants to publish {event}:")):
+        parse_manifest(text, "there")

@@ -26,6 +26,7 @@ from kernelm_sdk.bus import Credentials
 from kernelm_sdk.contract import token as subject_token
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system.common import PLUGIN_EVENT
 
 LIFETIME_S = int(os.environ.get("KERNELM_JWT_LIFETIME_S", 24 * 3600))  # of a user's JWT; renewed at two thirds
 ROLES = {"operator": nkeys.PREFIX_BYTE_OPERATOR, "account": nkeys.PREFIX_BYTE_ACCOUNT, "system": nkeys.PREFIX_BYTE_ACCOUNT}
@@ -50,6 +51,7 @@ class Grant(msgspec.Struct, frozen=True):
     calls: tuple[str, ...] = ()  # "contract/major" or "contract/major.method"
     models: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("*",)
+    events: tuple[str, ...] = ()  # "domain.name" that a plugin may publish
 
 
 def _b64(data: bytes) -> str:
@@ -96,7 +98,10 @@ def permissions(grant: Grant) -> tuple[list[str], list[str]]:
     if grant.role == "client":
         may_call(*(f"model.{model}.{method}" for model in grant.models for method in grant.methods))
         return publish, subscribe
-    publish.append(f"evt.*.*.{me}")
+    if grant.role == "plugin":  # under its own name alone, and nothing that would be taken for the system's word
+        publish.extend(f"evt.{event}.{me}" for event in grant.events if PLUGIN_EVENT.fullmatch(event))
+    else:
+        publish.append(f"evt.*.*.{me}")
     writes, reads, calls = SERVICES.get(me.partition("-")[0], ((), (), ())) if grant.role == "service" else ((), (), grant.calls)
     if grant.role == "admin" or "*" in calls:
         may_call("*.*.*", "model.*.*")

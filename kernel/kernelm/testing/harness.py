@@ -117,7 +117,7 @@ class System:
                      instance: str = "") -> Member:  # fmt: skip
         """An instance of `factory` in this process, through the real protocol; returns when it is ready."""
         name, pool = instance or f"{manifest.name}-t{len(self._members)}", pool or manifest.name
-        bus = await self.connect(name, Grant("plugin", name, pool, manifest.name, calls=manifest.calls))
+        bus = await self.connect(name, Grant("plugin", name, pool, manifest.name, calls=manifest.calls, events=manifest.events))
         scratch = self.home / "scratch" / name
         scratch.mkdir(parents=True)
         context = Context(bus, name, pool, manifest, scratch)

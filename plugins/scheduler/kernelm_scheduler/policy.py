@@ -355,10 +355,10 @@ class Round:
         return 0 < len(self.index.plannable) <= self.settings.elastic.planned
 
     def _plan(self) -> None:
-        new = {job.id: (at, Holding(job, shares, plugin)) for at, job, shares, plugin in self.placed if plannable(job)}
+        new = [Holding(job, shares, plugin) for _, job, shares, plugin in self.placed if plannable(job)]
         running = [Holding(p, allocation_of(p), next(iter(p.plugins), "")) for p in self._resting() if plannable(p)]
         planning = Planning(self.index, self.room, self.ledger)
-        changed = planning.plan([*(h for _, h in new.values()), *running], self._hoping)
+        changed = planning.plan([*new, *running], self._hoping)
         order, stopped = planning.in_order(changed)
         for id in stopped:
             self.changed[id] = ()
@@ -373,8 +373,7 @@ class Round:
                 action = "migrate" if members == size(allocation_of(self.index.placed[id])) else "resize"
             reason = f"{members} members on {kind}: most goodput, by what is left of each job"
             self.last.append(Decision(id, action, shares[0].node, plugin, reason, 0.0, shares))
-        again = {new[id][0] for id in changed if id in new}
-        self.made = [d for at, d in enumerate(self.made) if at not in again]
+        self.made = [d for d in self.made if d.job not in changed]
         self.waits = [w for w in self.waits if w[0].id not in changed]
 
     def _grow(self) -> None:

@@ -39,8 +39,9 @@ def waiting(id: str, remaining: float = 1000.0, most: int = 8, tenant: str = "a"
 
 def running(id: str, node: str, members: int, remaining: float = 1000.0, tenant: str = "a",
             movable: bool = True) -> PlacedJob:  # fmt: skip
-    return PlacedJob(id, node, ONE, 0, tenant, 100.0, (Share(node, members, node[:-1]),), plugins=("t",), submitted=50.0, most=8,
-                     speeds=(curve("slow", 1.0), curve("fast", 3.0)), remaining=remaining, restart_s=30.0, movable=movable)  # fmt: skip
+    return PlacedJob(id, node, ONE, 0, tenant, 100.0, (Share(node, members, node[:-1]),), plugins=("t",), submitted=50.0,
+                     most=8, speeds=(curve("slow", 1.0), curve("fast", 3.0)), remaining=remaining, restart_s=30.0,
+                     movable=movable)  # fmt: skip
 
 
 @st.composite

@@ -15,6 +15,7 @@ from kernelm_cli.session import stdout
 from kernelm_sdk.contract import CONTRACTS, TOKEN, Contract
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import MANIFEST
+from kernelm_sdk.system.common import PLUGIN_EVENT
 
 TEMPLATES = files("kernelm_cli") / "templates"
 ALWAYS = ("kernelm-contracts", "kernelm-sdk")
@@ -81,8 +82,10 @@ def create(kind: str, name: str, folder: Path) -> list[Path]:
         class_name = "".join(part.title() for part in name.split("-"))
         known = Kind(contract.id(), class_name, f"Implements {contract.id()}")
         code = _generic(contract, class_name)
+    events = [event.TYPE for event in CONTRACTS[known.contract].events if PLUGIN_EVENT.fullmatch(event.TYPE)]
     words = {"name": name, "package": package, "contract": known.contract, "class_name": known.class_name, "summary": known.summary,
              "dependencies": _listed(sorted(ALWAYS + known.needs)),
+             "events": f"events = [{_listed(events)}]\n" if events else "",
              "calls": f"calls = [{_listed(known.calls)}]\n" if known.calls else ""}  # fmt: skip
 
     def common(template: str) -> str:

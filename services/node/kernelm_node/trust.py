@@ -86,9 +86,11 @@ class Trust:
 
 def beyond(request: StartInstance, manifest: Manifest) -> str:
     """What the request gives an instance beyond what its manifest asks for; "" for nothing."""
-    calls = sorted(set(granted_calls(request.token)) - set(manifest.calls))
-    if calls:
+    granted = grant_in(request.token)
+    if calls := sorted(set(granted.calls) - set(manifest.calls)):
         return f"the right to call {', '.join(calls)}"
+    if events := sorted(set(granted.events) - set(manifest.events)):
+        return f"the right to publish {', '.join(events)}"
     if request.network and not manifest.network:
         return "network = true"
     if manifest.isolated and not request.isolated:
@@ -108,17 +110,18 @@ class _Claims(msgspec.Struct, frozen=True):
     nats: _Nats
 
 
-class _Grant(msgspec.Struct, frozen=True):
+class Granted(msgspec.Struct, frozen=True):
     calls: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
 
 
-def granted_calls(token: str) -> tuple[str, ...]:
-    """What the holder of a join token of the kernel's will be allowed to call (kernelm_authority.identity.Authority.token)."""
+def grant_in(token: str) -> Granted:
+    """What the holder of a join token of the kernel's will be allowed (kernelm_authority.identity.Authority.token)."""
     try:
         ticket = msgspec.json.decode(base64.urlsafe_b64decode(token + "==="), type=_Ticket)
         claims = msgspec.json.decode(base64.urlsafe_b64decode(ticket.jwt.split(".")[1] + "==="), type=_Claims)
         tag = next(t for t in claims.nats.tags if t.lower().startswith("join:"))
-        return msgspec.json.decode(base64.b32decode(tag[5:].upper()), type=_Grant).calls
+        return msgspec.json.decode(base64.b32decode(tag[5:].upper()), type=Granted)
     except (ValueError, IndexError, StopIteration) as error:
         what = f"the join token does not say what it grants: {error}"
         raise ClientFault("untrusted", what, "it must come from the kernel") from None

@@ -69,7 +69,7 @@ class Instance:
     async def begin(self) -> None:
         """Start it, with a token of its own."""
         manifest, stand = self.subject.manifest, self.stand
-        grant = Grant("plugin", self.name, self.pool, manifest.name, calls=manifest.calls)
+        grant = Grant("plugin", self.name, self.pool, manifest.name, calls=manifest.calls, events=manifest.events)
         token = stand.system.authority.token(self.name, grant)
         ticket = msgspec.json.decode(base64.urlsafe_b64decode(token + "==="), type=Credentials)
         stand.joining[ticket.user] = self

@@ -1,5 +1,6 @@
 """What several of the system's contracts speak of: resources, limits, and what is known of a plugin without its code."""
 
+import re
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -43,6 +44,10 @@ class ProbeCall(Struct, frozen=True, forbid_unknown_fields=True):
     of_model: bool = False  # asked of each deployment that the pool serves; where it serves none, nothing is asked
 
 
+# domain.name of an event; not one that the system publishes, or whoever follows it would take a plugin's word for the system's
+PLUGIN_EVENT = re.compile(r"(?!(plugin|route|swap|key|job|run|artifact)\.|model\.(deployed|scaled)$)[a-z0-9-]+\.[a-z0-9-]+")
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """`kernelm-plugin.toml`: all that is known of a plugin without running its code."""
 
@@ -54,6 +59,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     runtimes: tuple[str, ...] = ("process",)  # in order of preference
     each_node: bool = False  # one instance a node (a worker) instead of one in all
     default: bool = True  # started by `kernelm up`; False for plugins that only run when a pool asks for them
+    events: tuple[str, ...] = ()  # "domain.name" that it may publish
     calls: tuple[str, ...] = ()  # "contract/major.method" it may call, "contract/major" for all of them
     max_jobs: int = 1  # jobs at once in one instance
     needs: Resources = Resources(cpu=0.0, memory_mb=256)  # of an idle instance; a job brings its own request
@@ -66,6 +72,9 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     command: tuple[str, ...] = ()  # of a plugin in another language: program and arguments, run in the plugin's folder
 
     def __post_init__(self) -> None:
+        if wrong := [e for e in self.events if not PLUGIN_EVENT.fullmatch(e)]:
+            raise ValueError(f"plugin {self.name!r} wants to publish {', '.join(wrong)}: an event is called domain.name, "
+                             "and those of the system itself are its own")  # fmt: skip
         if bool(self.entry) == bool(self.command):
             raise ValueError(f"plugin {self.name!r} has {'both' if self.entry else 'neither'} `entry` (module:Class, for Python) "
                              f"{'and' if self.entry else 'nor'} `command` (for any other language): give exactly one")  # fmt: skip

@@ -81,27 +81,47 @@ def _is_bullet(code: int) -> bool:
     )
 
 
+@njit(cache=True)
+def _end_word(out: npt.NDArray[np.int64], h: np.uint64, length: int, alphabetic: bool, stops: Hashes) -> int:
+    """Count a word; a bit for the stop word that it is."""
+    out[WORD_CHARACTERS] += length
+    out[LONGEST] = max(out[LONGEST], length)
+    out[ALPHABETIC] += alphabetic
+    bit = 0
+    if length <= 4:
+        for s in range(len(stops)):
+            if h == stops[s]:
+                bit = 1 << s
+    return bit
+
+
+@njit(cache=True)
+def _end_line(out: npt.NDArray[np.int64], length: int, first: int, last: int, dots: int) -> None:
+    """Count a line by its length, its first and last character, and the dots at its end."""
+    out[LINE_CHARACTERS] += length
+    out[BULLETS] += _is_bullet(first)
+    out[PUNCTUATED] += _ends_sentence(last)
+    out[ELLIPSIS_ENDS] += last == 0x2026 or dots >= 3
+    out[SHORT] += length <= SHORT_LINE
+
+
 @njit(cache=True, nogil=True)
 def scan(text: Bytes, ascii_class: Bytes, stops: Hashes, words: Hashes, word_lengths: Lengths, lines: Hashes,
          line_lengths: Lengths, out: npt.NDArray[np.int64]) -> None:  # fmt: skip
-    """Measure a text into `out`; the hashes and lengths of its words and lines into the arrays, which have room for
-    len(text) + 1 values."""
+    """Measure a text into `out`, its words and lines into the arrays, which have room for len(text) + 1 values."""
     out[:] = 0
-    seen = 0
-    i, n_words, n_lines = 0, 0, 0
+    i, n_words, n_lines, seen = 0, 0, 0, 0
     h, length, alphabetic = ZERO, 0, False
     line, line_length, first, last, before = ZERO, 0, 0, 0, 0
-    end = len(text)
-    dots = 0
-    trailing = 0  # blanks that a line may end with
+    end, dots, trailing = len(text), 0, 0  # trailing: blanks that a line may end with
     while i <= end:
         kind, size, code = BREAK, 1, 0x0A
         if i < end:
-            lead = text[i]
-            if lead < 0x80:
-                kind, code = ascii_class[lead], lead
+            code = text[i]
+            if code < 0x80:
+                kind = ascii_class[code]
             else:
-                size = width(lead)
+                size = width(code)
                 code = code_point(text, i, size)
                 kind = wide_class(code)
             out[CHARACTERS] += 1
@@ -109,36 +129,23 @@ def scan(text: Bytes, ascii_class: Bytes, stops: Hashes, words: Hashes, word_len
         if (gap or kind == ALONE) and length:
             words[n_words], word_lengths[n_words] = h, length
             n_words += 1
-            out[WORD_CHARACTERS] += length
-            out[LONGEST] = max(out[LONGEST], length)
-            out[ALPHABETIC] += alphabetic
-            if length <= 4:
-                for s in range(len(stops)):
-                    if h == stops[s]:
-                        seen |= 1 << s
+            seen |= _end_word(out, h, length, alphabetic, stops)
             h, length, alphabetic = ZERO, 0, False
         if kind == BREAK:
             if line_length:
                 lines[n_lines], line_lengths[n_lines] = line, line_length
                 n_lines += 1
-                out[LINE_CHARACTERS] += line_length
-                out[BULLETS] += _is_bullet(first)
-                out[PUNCTUATED] += _ends_sentence(last)
-                out[ELLIPSIS_ENDS] += last == 0x2026 or before >= 3
-                out[SHORT] += line_length <= SHORT_LINE
+                _end_line(out, line_length, first, last, before)
             line, line_length, trailing, dots = ZERO, 0, 0, 0
             out[NEWLINES] += i < end
         elif gap:
             trailing += 1
         else:
             if line_length == 0:
-                first = code
-                trailing = 0
+                first, trailing = code, 0
             line_length += 1 + trailing
-            trailing = 0
-            last = code
-            dots = dots + 1 if code == 0x2E else 0
-            before = dots
+            trailing, last = 0, code
+            before = dots = dots + 1 if code == 0x2E else 0
             out[ELLIPSES] += dots == 3 or code == 0x2026
             out[HASHES] += code == 0x23
             for k in range(size):
@@ -147,15 +154,13 @@ def scan(text: Bytes, ascii_class: Bytes, stops: Hashes, words: Hashes, word_len
                 h ^= h >> SHIFT
                 line = (line ^ byte) * MIX
                 line ^= line >> SHIFT
+            length += 1
+            alphabetic |= kind == ALONE or (kind == LETTER and not 0x30 <= code <= 0x39 and code != 0x5F)
             if kind == ALONE:
-                words[n_words], word_lengths[n_words] = h, 1
+                words[n_words], word_lengths[n_words] = h, length
                 n_words += 1
-                out[WORD_CHARACTERS] += 1
-                out[ALPHABETIC] += 1
-                h = ZERO
-            else:
-                length += 1
-                alphabetic |= kind == LETTER and not 0x30 <= code <= 0x39 and code != 0x5F
+                seen |= _end_word(out, h, length, alphabetic, stops)
+                h, length, alphabetic = ZERO, 0, False
         i += size
     for s in range(len(stops)):
         out[STOPS] += seen >> s & 1
