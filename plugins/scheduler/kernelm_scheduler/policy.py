@@ -358,11 +358,9 @@ class Round:
         new = [Holding(job, shares, plugin) for _, job, shares, plugin in self.placed if plannable(job)]
         running = [Holding(p, allocation_of(p), next(iter(p.plugins), "")) for p in self._resting() if plannable(p)]
         planning = Planning(self.index, self.room, self.ledger)
-        changed = planning.plan([*new, *running], self._hoping)
-        order, stopped = planning.in_order(changed)
+        order, stopped = planning.in_order(changed := planning.plan([*new, *running], self._hoping))
         for id in stopped:
-            self.changed[id] = ()
-            node = self.index.placed[id].node
+            self.changed[id], node = (), self.index.placed[id].node
             self.last.append(Decision(id, "preempt", node, changed[id].plugin, "changes places with another"))
         for id in order:
             shares, plugin = changed[id].shares, changed[id].plugin

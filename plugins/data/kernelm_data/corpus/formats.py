@@ -180,11 +180,12 @@ def read_csv(piece: Piece, stream: IO[bytes], given: Input, limits: Limits) -> I
             else:
                 yield _record(piece, first, dict(zip(header, row, strict=True)), given, "column")
             number += len(more) - 1
-        except Broken:
+        except Broken as error:
+            why = error
             if len(more) > 1:  # the quote may have been closed by one that opens a field of the next record
-                error = Broken("unclosed quote", "the line is left out, the next ones are read")
+                why = Broken("unclosed quote", "the line is left out, the next ones are read")
                 held = more[1:] + held
-            yield _broken(piece, first, error)
+            yield _broken(piece, first, why)
 
 
 def _row(line: bytes, delimiter: str) -> list[str]:
