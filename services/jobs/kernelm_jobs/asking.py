@@ -1,6 +1,7 @@
 """Asking the scheduler: a snapshot of the cluster once, then what has changed since."""
 
 import logging
+import time
 
 from msgspec import structs
 
@@ -11,6 +12,7 @@ from kernelm_sdk.errors import ClientFault, Fault
 
 log = logging.getLogger("kernelm.jobs")
 TIMEOUT_S = 10.0
+SOONEST_S, TIMES = 2.0, 20  # patience with a scheduler that has answered: so many times its last answer took, and no less
 AGAIN = ("need_snapshot", "unsupported_method")  # it lacks what came before; it takes no deltas (or its successor takes none)
 
 
@@ -21,6 +23,7 @@ class Asking:
         self._bus, self._source = bus, source
         self._known: ClusterState | None = None  # what the scheduler has
         self._waits: dict[str, Decision] = {}  # its last answers to those that wait
+        self._patience_s = TIMEOUT_S  # shorter once it is known how long it takes: a frozen one must not keep its successor waiting
         self.version = 0
         self.fresh: set[str] = set()  # of the last answer: jobs on which it said something new
 
@@ -29,7 +32,13 @@ class Asking:
         self.version += 1
         state = structs.replace(state, version=self.version, source=self._source)
         known, self._known = self._known, None  # until the answer is there
-        answer = await self._update(known, state)
+        begun = time.monotonic()
+        try:
+            answer = await self._update(known, state)
+        except Fault:
+            self._patience_s = min(2 * self._patience_s, TIMEOUT_S)
+            raise
+        self._patience_s = min(max(TIMES * (time.monotonic() - begun), SOONEST_S), TIMEOUT_S)
         self._known = state
         said = {d.job for d in answer.decisions}
         self.fresh = said
@@ -51,11 +60,11 @@ class Asking:
         except Fault as fault:
             if fault.code not in AGAIN:
                 raise
-        answer: Decisions = await self._bus.call(Scheduler.decide, state, timeout_s=TIMEOUT_S)  # it takes no deltas
+        answer: Decisions = await self._bus.call(Scheduler.decide, state, timeout_s=self._patience_s)  # it takes no deltas
         return answer
 
     async def _send(self, delta: ClusterDelta) -> Decisions:
         answer = Decisions(0, ())
         for part in parts(delta):
-            answer = await self._bus.call(Scheduler.update, part, timeout_s=TIMEOUT_S)
+            answer = await self._bus.call(Scheduler.update, part, timeout_s=self._patience_s)
         return answer
