@@ -23,7 +23,7 @@ class Word(msgspec.Struct, frozen=True):
     text: str = ""
 
 
-class Echo(Contract, name="echo", major=1):
+class Echo(Contract, name="signing-echo", major=1):
     @unary
     async def say(self, request: Word, call: Any) -> Word: ...
 
@@ -33,7 +33,7 @@ class EchoPlugin(Plugin, Echo):
         return request
 
 
-MANIFEST = Manifest("echo", "1", "says it again", ("echo/1",), f"{__name__}:EchoPlugin")
+MANIFEST = Manifest("echo", "1", "says it again", ("signing-echo/1",), f"{__name__}:EchoPlugin")
 
 
 @pytest.fixture
