@@ -95,6 +95,17 @@ def run_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """The trainer with a pause after every epoch, so that on any machine it works for longer than all is replaced in."""
+    folder = Path(shutil.copytree(HERE / "sgd-words", tmp_path / "older"))
+    code = folder / "sgd_words.py"
+    saving = "            training.save(**state)\n"
+    assert saving in code.read_text()
+    code.write_text(code.read_text().replace(saving, saving + "            __import__('time').sleep(0.5)\n"))
+    return folder
+
+
+@pytest.fixture
 def newer(tmp_path: Path) -> Path:
     """The next version of the trainer."""
     folder = Path(shutil.copytree(HERE / "sgd-words", tmp_path / "sgd-words"))
@@ -112,14 +123,14 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 @pytest.mark.slow
-def test_scheduler_and_trainer_are_replaced_under_a_run_and_removed(desk: Any, run_file: Path, newer: Path) -> None:
+def test_scheduler_and_trainer_are_replaced_under_a_run_and_removed(desk: Any, run_file: Path, older: Path, newer: Path) -> None:
     def job(epoch: int) -> JobRecord | None:
         jobs = desk.speak(lambda bus: bus.call(Jobs.find, JobQuery())).jobs
         found = next((j for j in jobs if j.spec.name == "train"), None)
         assert found is None or found.state not in ("done", "dead"), f"it ended before all was replaced: {found}"
         return found if found and found.checkpoint and (found.state, found.epoch) == ("running", epoch) else None
 
-    desk.kernelm("plugin", "replace", "trainer/1", HERE / "sgd-words", "--watch", "0")
+    desk.kernelm("plugin", "replace", "trainer/1", older, "--watch", "0")
     run = desk.start("run", run_file)
     first = until(lambda: job(1), "a first checkpoint")
     desk.kernelm("plugin", "replace", "scheduler/1", HERE / "fairshare", "--watch", "0")

@@ -34,7 +34,9 @@ class Watcher:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    """Of this process, those that measure; another test may have left one that has ended."""
+    living = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "spawn_main" in " ".join(child.cmdline())]
 
 
 def run(folders: list[Path], dataset: Path, watcher: Watcher, **fields: Any) -> Any:
