@@ -52,7 +52,7 @@ ROUNDS = int(os.environ.get("ROUNDS", "10"))
 SWAPS = int(os.environ.get("SWAPS", "100"))
 RESTARTS = int(os.environ.get("RESTARTS", "2"))
 RATE = float(os.environ.get("RATE", "1500"))
-PAUSE_S = float(os.environ.get("PAUSE_S", "0.75"))
+PAUSE_S = float(os.environ.get("PAUSE_S", "1.5"))
 REQUESTS = int(os.environ.get("REQUESTS", "1000000")) if ROUNDS * SWAPS >= 1000 else 0  # a quick check needs no million
 SYSTEMS = 3  # restarts of the whole system
 HEAVY = "heavy"  # name and contract of the plugin that imports torch
