@@ -269,8 +269,7 @@ async def open_kernel(home: Path, url: str) -> KernelService:
     which is created with its first claims where the broker does not have it yet."""
     authority = Authority(home)
     system = await Bus.connect(url, authority.credentials("kernel", "system"))
-    lookup = f"$SYS.REQ.ACCOUNT.{authority.account}.CLAIMS.LOOKUP"
-    if not (await system.request(lookup, b"", 5.0)).data:
+    if not (await system.request(authority.lookup, b"", 5.0)).data:
         await system.request("$SYS.REQ.CLAIMS.UPDATE", authority.account_jwt().encode(), 5.0)
     bus = await Bus.connect(url, authority.credentials("kernel"))
     return KernelService(home, system, bus)

@@ -134,8 +134,7 @@ class Router:
 
     async def check(self, jwt: str = "") -> None:
         """Compare what is in force with what should be; without `jwt`, with the table."""
-        subject = f"$SYS.REQ.ACCOUNT.{self._authority.account}.CLAIMS.LOOKUP"
-        in_force = (await self._system.request(subject, b"", 5.0)).data.decode()
+        in_force = (await self._system.request(self._authority.lookup, b"", 5.0)).data.decode()
         claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
         same = in_force == jwt if jwt else (
             claims.get("mappings", {}) == self.mappings() and claims.get("revocations", {}) == self._due()

@@ -135,6 +135,7 @@ class Authority:
         folder = home / "identity"
         self._seeds = {role: (folder / f"{role}.seed").read_text().strip() for role in ROLES}
         self.operator, self.account, self.system = (public_key(self._seeds[r]) for r in ("operator", "account", "system"))
+        self.lookup = f"$SYS.REQ.ACCOUNT.{self.account}.CLAIMS.LOOKUP"  # subject that answers with the account's claims in force
         self.signing = SigningKeys(folder / "signing", LIFETIME_S)
 
     def operator_jwt(self) -> str:
@@ -208,7 +209,7 @@ def init_home(home: Path) -> Authority:
             write_secret(path, new_seed(prefix))
     authority = Authority(home)
     if new:  # an older home gets its first one from `kernelm identity rotate`, once its broker knows it
-        authority.signing.prepare(new_seed(nkeys.PREFIX_BYTE_ACCOUNT))
+        authority.signing.prepare()
         authority.signing.use_next()
     if not (home / "admin.creds").exists():
         seed = new_seed()

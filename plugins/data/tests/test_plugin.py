@@ -1,6 +1,5 @@
 """The handlers, over a context whose store is a folder."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,35 +9,12 @@ from kernelm_contracts.data import Data, DatasetPrepared, PrepareRequest
 from kernelm_data.plugin import DataPlugin
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Call, Job, JobCancelled, find_manifests, implemented
-from kernelm_sdk.system import Artifact, ArtifactName, Artifacts
-
-
-class FolderContext:
-    """What the handlers use of `kernelm_sdk.plugin.Context`; artifacts are folders under their names."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch, self.events, self.kinds, self.folders, self.lineage = scratch, [], {}, {}, {}
-
-    async def artifact(self, digest: str) -> Path:
-        return self.folders[digest]
-
-    async def store(self, folder: Path, kind: str, metadata=None, **lineage: str) -> str:
-        digest = f"sha256:{len(self.folders):064}"
-        self.folders[digest] = shutil.copytree(folder, self.scratch / f"stored{len(self.folders)}")
-        self.kinds[digest], self.lineage[digest] = kind, lineage
-        return digest
-
-    async def call(self, declared, request: ArtifactName) -> Artifact:
-        assert declared is Artifacts.describe
-        return Artifact(request.digest, self.kinds[request.digest], (), 0)
-
-    async def publish(self, event) -> None:
-        self.events.append(event)
+from kernelm_sdk.system import ArtifactName
 
 
 @pytest.fixture
-def context(tmp_path, source):
-    context = FolderContext(tmp_path / "scratch")
+def context(tmp_path, source, folder_context):
+    context = folder_context(tmp_path / "scratch")
     context.folders["sha256:s"], context.kinds["sha256:s"] = source, "source"
     return context
 

@@ -1,7 +1,6 @@
 """Faults of the disk: no space left, a flipped bit."""
 
 import asyncio
-import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from chaosplugin import journal
 
 from faultmatrix.rig import Rig, send
 from faultmatrix.stage import Stage, fault
+from kernelm.testing.faults import flip
 from kernelm.testing.harness import until
 from kernelm_contracts.jobs import JobChanged
 from kernelm_sdk.errors import Fault
@@ -66,17 +66,6 @@ async def disk_full(stage: Stage) -> str:
     stage.over()
     stage.check(free < 2**20, f"the disk was not full: {free} bytes were left")
     return f"{DISK_MB} MB"
-
-
-def flip(path: Path, at: int) -> None:
-    """Flip the lowest bit of one byte."""
-    path.chmod(0o644)
-    with path.open("r+b", buffering=0) as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-        os.fsync(file.fileno())
 
 
 @fault("bit flip: event log", 3, fresh=True)

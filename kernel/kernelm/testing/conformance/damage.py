@@ -17,6 +17,7 @@ from kernelm.testing.conformance.driver import Attempt
 from kernelm.testing.conformance.jobs import finished, job_methods
 from kernelm.testing.conformance.results import Failed, Skipped
 from kernelm.testing.conformance.stand import Instance
+from kernelm.testing.faults import flip
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, OpenArtifact, PutArtifact
 
 checks = Checks()
@@ -130,18 +131,6 @@ async def damaged(case: Case, digest: str) -> AsyncIterator[str]:
         mended: Artifact = await bus.call(Artifacts.put, put, timeout_s=60.0)
         shutil.rmtree(copy)
         assert mended.digest == digest
-
-
-def flip(path: Path, at: int) -> None:
-    """Flip the lowest bit of one byte."""
-    path.chmod(0o644)
-    with path.open("r+b", buffering=0) as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-        os.fsync(file.fileno())
-    path.chmod(0o444)
 
 
 @checks.add(

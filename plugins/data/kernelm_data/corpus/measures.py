@@ -168,17 +168,35 @@ def scan(text: Bytes, ascii_class: Bytes, stops: Hashes, words: Hashes, word_len
 
 
 @njit(cache=True, nogil=True)
+def _slot(table: Hashes, h: np.uint64) -> np.uint64:
+    """Where `h` stands in the open-addressed `table`, or belongs."""
+    mask = np.uint64(len(table) - 1)
+    slot = (h >> SHIFT) & mask
+    while table[slot] != ZERO and table[slot] != h:
+        slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _gram(words: Hashes, lengths: Lengths, i: int, n: int) -> tuple[np.uint64, int]:
+    """Hash of the n words from the i-th on, never zero, and their characters."""
+    h, length = ZERO, 0
+    for k in range(i, i + n):
+        h = (h ^ words[k]) * PRIME
+        h ^= h >> SHIFT
+        length += lengths[k]
+    return h | np.uint64(1), length
+
+
+@njit(cache=True, nogil=True)
 def repeated(hashes: Hashes, lengths: Lengths, table: Hashes) -> tuple[int, int]:
     """How many of the items were there before, and how many characters they have. `table`: room for twice as many, a power of
     two."""
     table[:] = 0
-    mask = np.uint64(len(table) - 1)
     count, characters = 0, 0
     for i in range(len(hashes)):
         h = hashes[i] | np.uint64(1)
-        slot = (h >> SHIFT) & mask
-        while table[slot] != ZERO and table[slot] != h:
-            slot = (slot + np.uint64(1)) & mask
+        slot = _slot(table, h)
         if table[slot] == h:
             count += 1
             characters += lengths[i]
@@ -190,24 +208,16 @@ def repeated(hashes: Hashes, lengths: Lengths, table: Hashes) -> tuple[int, int]
 def top_gram(words: Hashes, lengths: Lengths, n: int, table: Hashes, counts: Lengths) -> int:
     """Characters that the most frequent n-gram of words covers, if it is there more than once."""
     table[:] = 0
-    mask = np.uint64(len(table) - 1)
     best, characters = 1, 0
     for i in range(len(words) - n + 1):
-        h, length = ZERO, n - 1  # with the blanks between
-        for k in range(i, i + n):
-            h = (h ^ words[k]) * PRIME
-            h ^= h >> SHIFT
-            length += lengths[k]
-        h |= np.uint64(1)
-        slot = (h >> SHIFT) & mask
-        while table[slot] != ZERO and table[slot] != h:
-            slot = (slot + np.uint64(1)) & mask
+        h, length = _gram(words, lengths, i, n)
+        slot = _slot(table, h)
         if table[slot] == ZERO:
             table[slot] = h
             counts[slot] = 0
         counts[slot] += 1
         if counts[slot] > best:
-            best, characters = counts[slot], counts[slot] * length
+            best, characters = counts[slot], counts[slot] * (length + n - 1)  # with the blanks between
     return characters
 
 
@@ -215,18 +225,10 @@ def top_gram(words: Hashes, lengths: Lengths, n: int, table: Hashes, counts: Len
 def repeated_grams(words: Hashes, lengths: Lengths, n: int, table: Hashes) -> int:
     """Characters in n-grams of words that were there before, none counted twice."""
     table[:] = 0
-    mask = np.uint64(len(table) - 1)
     characters, i = 0, 0
     while i + n <= len(words):
-        h, length = ZERO, 0
-        for k in range(i, i + n):
-            h = (h ^ words[k]) * PRIME
-            h ^= h >> SHIFT
-            length += lengths[k]
-        h |= np.uint64(1)
-        slot = (h >> SHIFT) & mask
-        while table[slot] != ZERO and table[slot] != h:
-            slot = (slot + np.uint64(1)) & mask
+        h, length = _gram(words, lengths, i, n)
+        slot = _slot(table, h)
         if table[slot] == h:
             characters += length
             i += n
