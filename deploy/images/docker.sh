@@ -2,10 +2,11 @@
 # Makes what the container runtime needs: a Docker engine, a base image with Python, and the runner image. Each step does
 # nothing when its result is there. The last line of output is the runner image's id: KERNELM_NODE_IMAGE=$(deploy/images/docker.sh)
 #
-#   deploy/images/docker.sh [engine | base | runner]     up to this step; all of them by default
+#   deploy/images/docker.sh [engine | base | runner]     up to this step; all of them by default. `base` prints its name
 #
 # PYTHON: the interpreter whose pip gets the wheels (its configuration holds, wherever it comes from); its version must be
-# the base image's. BASE: the base image; by default the official one, or, where no image can be pulled, a Debian made here.
+# the base image's. BASE: the base image; by default the official one that runner.Dockerfile pins, or, where no image can be
+# pulled, a Debian made here.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
@@ -42,7 +43,7 @@ engine() {
 base() {
   engine
   if [[ -n "${BASE:-}" ]]; then return; fi
-  BASE="python:$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-slim"
+  BASE="$(sed -n 's/^ARG BASE=//p' "$here/runner.Dockerfile")"
   if docker image inspect "$BASE" >/dev/null 2>&1; then return; fi
   if docker image inspect "$local_base" >/dev/null 2>&1; then BASE="$local_base"; return; fi
   say "pulling $BASE"
@@ -95,6 +96,7 @@ runner() {
 }
 
 case "${1:-runner}" in
-  engine | base | runner) "${1:-runner}" ;;
+  engine | runner) "${1:-runner}" ;;
+  base) base && echo "$BASE" ;;
   *) say "usage: docker.sh [engine | base | runner]"; exit 2 ;;
 esac

@@ -1,7 +1,6 @@
 """`python -m kernelm`: the kernel process. Environment: KERNELM_HOME, KERNELM_URL, KERNELM_SAFE."""
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -10,11 +9,12 @@ from pathlib import Path
 import uvloop
 
 from kernelm.kernel import open_kernel
+from kernelm_sdk import logs
 from kernelm_sdk.errors import Fault
 
 
 async def main() -> int:
-    logging.basicConfig(level=os.environ.get("KERNELM_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure("kernel")
     try:
         kernel = await open_kernel(Path(os.environ["KERNELM_HOME"]), os.environ["KERNELM_URL"])
         await kernel.start(safe=os.environ.get("KERNELM_SAFE") == "1")

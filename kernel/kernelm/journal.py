@@ -11,7 +11,7 @@ import msgspec
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.events import received
 
-BUCKETS = ("registry", "routes", "jobs", "runs", "results", "models", "datasets", "deployments", "keys")
+BUCKETS = ("registry", "routes", "jobs", "runs", "results", "models", "datasets", "deployments", "keys", "usage")
 GIB = 2**30
 
 

@@ -21,6 +21,7 @@ from kernelm.supervisor import Supervisor
 from kernelm.swaps import Swapper
 from kernelm_authority.identity import Authority
 from kernelm_sdk import system as api
+from kernelm_sdk import tracing
 from kernelm_sdk.bus import Bus, handlers_of
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.system import Empty, Instance, PoolSpec, Route, Swap
@@ -271,5 +272,5 @@ async def open_kernel(home: Path, url: str) -> KernelService:
     system = await Bus.connect(url, authority.credentials("kernel", "system"))
     if not (await system.request(authority.lookup, b"", 5.0)).data:
         await system.request("$SYS.REQ.CLAIMS.UPDATE", authority.account_jwt().encode(), 5.0)
-    bus = await Bus.connect(url, authority.credentials("kernel"))
+    bus = await tracing.join_as_member(url, authority.credentials("kernel"))
     return KernelService(home, system, bus)

@@ -123,8 +123,8 @@ class Supervisor:
                 if node in nodes:
                     name = f"{spec.plugin}-{secrets.token_hex(4)}"
                     self._starting[name] = None
-                    await self._registry.happens(name, "start", plugin=spec.plugin, version=manifest.version, pool=spec.pool,
-                                                 node=node)  # fmt: skip
+                    known = {"plugin": spec.plugin, "version": manifest.version, "pool": spec.pool, "node": node}
+                    await self._registry.happens(name, "start", **known)
                     self._ask_to_start(name, spec, manifest, node)
         wanted = {p.pool for p in self.pools.values() if not p.parked}
         for instance in live:  # of those that this kernel, or one before it, had started
@@ -154,7 +154,10 @@ class Supervisor:
             if now is None or now.state != "starting":  # the answer was lost: it has said hello already, or is reported dead
                 return
             instance = await self._registry.happens(request.instance, "exit", f"node {node} could not start it: {fault}")
-            self.ended(instance, 1)
+            if fault.code == "no_responders":  # the node is away: no fault of the pool's
+                self._not_before[request.pool] = time.monotonic() + 1.0
+            else:
+                self.ended(instance, 1)
             if isinstance(fault, ClientFault):  # not a matter of time
                 self.quarantined[request.pool] = instance.reason
 

@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -51,7 +52,7 @@ class Swapper:
         self._bucket: Bucket[Record] = bus.bucket("registry", Record)
         self._records: dict[str, Record] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._reverted: dict[str, str] = {}  # swap -> why it shall go back
+        self._reverted: dict[str, str] = {}  # swap -> why it shall go back; "" to have its watch end at once
         self._changes = asyncio.Condition()
 
     @property
@@ -161,14 +162,16 @@ class Swapper:
             raise ClientFault("invalid", "a canary needs a pool to share with", "name the pool that it `replaces`")
         for other in self.swaps:
             mine = {request.to.pool, request.before, *request.routes} - {""}
+            if other.pool == request.to.pool and other.phase == "watching" and not bounds.watch_s:  # enough was seen of it
+                self._reverted[other.id] = ""
+                return other
             if not other.over and mine & {other.pool, other.before, *other.routes}:
                 raise ClientFault("conflict", f"swap {other.id} of {', '.join(other.routes)} to {other.pool} is {other.phase}",
                                   "wait for it, or roll it back", retriable=True)  # fmt: skip
-        table = self._router.table
         generation = request.generation or self._next_generation(request.routes)
         swap = Swap(secrets.token_hex(6), request.to.pool, request.before, request.routes, "starting", by, request.why, time.time(),
                     request.canary, bounds, generation, request.artifact, time.time())  # fmt: skip
-        prior = tuple(table[r] for r in request.routes if r in table)
+        prior = tuple(r for r in map(self._router.table.get, request.routes) if r)
         await self._note(Record(swap, msgspec.structs.replace(request.to, parked=False), prior), "")
         self._drive(swap.id)
         return swap
@@ -185,8 +188,9 @@ class Swapper:
                 old = self._supervisor.pools.get(swap.before)
                 if old is None or not old.parked or not old.contracts:
                     break
-                back = SwapRequest(old, swap.routes, spec.pool, bounds=api.Bounds(watch_s=0.0),
-                                   why=request.why or f"rollback of {swap.id}")
+                back = SwapRequest(
+                    old, swap.routes, spec.pool, bounds=api.Bounds(watch_s=0.0), why=request.why or f"rollback of {swap.id}"
+                )
                 return await self.begin(back, by)
         raise ClientFault("not_found", f"there is nothing before pool {spec.pool!r} to go back to",
                           "a deployed model goes back by `kernelm models rollback`")  # fmt: skip
@@ -232,14 +236,14 @@ class Swapper:
     async def _until_ready(self, swap: Swap, spec: PoolSpec) -> list[Instance]:
         async def look() -> list[Instance]:
             self._raise_if_reverted(swap)
-            mine = [i for i in self._registry.instances.values() if i.pool == spec.pool and i.since >= swap.begun]
+            own = (i for i in self._registry.instances.values() if i.pool == spec.pool)
+            mine = [i for i in own if i.since >= swap.begun or i.state == "ready"]  # it may have been started to be looked at
             dead = [i for i in mine if i.state not in LIVE]
             if dead or spec.pool in self._supervisor.quarantined:
                 why = dead[0].reason if dead else self._supervisor.quarantined[spec.pool]
                 raise PluginFault("not_ready", f"pool {spec.pool} did not start: {why}", "see the log of its instance")
-            ready = [i for i in mine if i.state == "ready"]
             wanted = len(self._supervisor.nodes()) if spec.each_node else max(spec.instances, 1)
-            return ready if wanted and len(ready) >= wanted else []
+            return ready if len(ready := [i for i in mine if i.state == "ready"]) >= wanted > 0 else []
 
         return await self._wait_for(look, swap.begun + swap.bounds.ready_s - time.time(), f"pool {spec.pool} was not ready")
 
@@ -249,10 +253,8 @@ class Swapper:
             while not (found := await look()):
                 if time.monotonic() > until:
                     raise PluginFault("not_ready", f"{what} within {patience_s:.0f} s", "see the log of its instance")
-                try:
-                    await asyncio.wait_for(self._changes.wait(), 1.0)  # a node may come without an event of ours
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):  # a node may come without an event of ours
+                    await asyncio.wait_for(self._changes.wait(), 1.0)
         return found
 
     async def _prove(self, instance: Instance, spec: PoolSpec, manifest: Manifest | None, swap: Swap) -> None:
@@ -288,14 +290,11 @@ class Swapper:
             reference = recent if recent.calls >= swap.bounds.min_calls else old
             if verdict := too_bad(new.since(new0), reference, swap.bounds):
                 raise PluginFault("worse", verdict)
-            left = swap.since + swap.bounds.watch_s - time.time()
-            if left <= 0:
+            if self._reverted.get(swap.id) == "" or (left := swap.since + swap.bounds.watch_s - time.time()) <= 0:
                 break
             async with self._changes:
-                try:
+                with suppress(TimeoutError):
                     await asyncio.wait_for(self._changes.wait(), min(LOOK_S, left))
-                except TimeoutError:
-                    continue
         took = await self._router.set_all(self._final(record)) if swap.canary else swap.took_ms
         await self._note(record, "retiring", took_ms=round(took, 3), outcome=new.since(new0).text)
 

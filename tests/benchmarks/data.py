@@ -2,11 +2,14 @@
 
 Text: Python files, Markdown, reStructuredText, plain text and HTML of this machine: the folders of DATA_ROOTS (default: Python's
 library and site-packages, /usr/share/doc). MB/s/core is MB of input by CPU seconds of all processes, imports included, so that
-other work on the machine counts for nobody.
+other work on the machine counts for nobody. Ours runs before and after each rival. The usual chain gets all DATA_MB, datatrove,
+which is slow, a part of them, on which ours is measured too: `same_text` has the ratios over what both got.
 
-A quick check: DATA_MB=20 DATA_PEER_MB=10 DATA_PEAK_MB=0 make bench-data
+By default some 400 seconds of one core, half of them the usual chain's: 8 minutes if the machine is quiet; 5 GB of disk.
+A quick check: DATA_MB=20 DATA_PEER_MB=10 DATA_PEAK_MB=0 make bench-data. DATA_USUAL_MB gives the usual chain less, too.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -17,22 +20,23 @@ import sys
 import sysconfig
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-from reporting import ROOT, conditions, finish, say
+from reporting import ROOT, conditions, finish, median, say
 
 MB = float(os.environ.get("DATA_MB", "200"))
-PEER_MB = float(os.environ.get("DATA_PEER_MB", "20"))  # the peers are slow, and linear
+USUAL_MB = float(os.environ.get("DATA_USUAL_MB", str(MB)))  # of these, the usual chain gets
+PEER_MB = float(os.environ.get("DATA_PEER_MB", "20"))  # of these, datatrove gets
 PEAK_MB = float(os.environ.get("DATA_PEAK_MB", "2000"))  # 0: the peak is not measured
 HTML_MB = float(os.environ.get("DATA_HTML_MB", "5"))
 RECALL_DOCUMENTS = int(os.environ.get("DATA_RECALL_DOCUMENTS", "4000"))
 DEFAULT_ROOTS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc", "/usr/lib/python3")
 ROOTS = [Path(p) for p in (os.environ["DATA_ROOTS"].split(":") if os.environ.get("DATA_ROOTS") else DEFAULT_ROOTS)]
 SUFFIXES = {".py", ".md", ".rst", ".txt", ".html"}
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 WORK = ROOT / "build" / "bench" / "data"
 ONE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
 
@@ -64,7 +68,7 @@ def write_jsonl(files: list[Path], folder: Path, mb: float, parts: int, laps: in
     size, n, lap = 0, 0, 0
     while size < mb * 1e6 and lap < laps:
         for id, text in texts(files):
-            more = " ".join(f"{word} lap{lap}" for word in text.split(" ")) if lap else text  # no near duplicate of the lap before
+            more = text.replace(" ", f" lap{lap} ") if lap else text  # no near duplicate of the lap before
             sinks[n % parts].write(json.dumps({"id": f"{id}#{lap}", "text": more}, ensure_ascii=False) + "\n")
             size += len(more.encode())
             n += 1
@@ -78,7 +82,9 @@ def write_jsonl(files: list[Path], folder: Path, mb: float, parts: int, laps: in
 
 
 def measured(part: str, *arguments: str, one: bool = True) -> dict[str, Any]:
-    """Run a part of this file in a process of its own: its answer, with wall and CPU seconds and the peak of memory in GB."""
+    """Run a part of this file in a process of its own: its answer, with wall and CPU seconds of it and of all that it started, and
+    their peak of memory in GB."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what outlives its parent is waited for, and counted, here
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
     log = (WORK / f"{part}.log").open("w")  # datatrove tells a lot
@@ -87,13 +93,19 @@ def measured(part: str, *arguments: str, one: bool = True) -> dict[str, Any]:
     peak = [0]
     threading.Thread(target=_watch, args=(child.pid, peak), daemon=True).start()
     out, _ = child.communicate()
+    wall = time.monotonic() - began
     log.close()
     if child.returncode:
         raise SystemExit(f"{part} failed: see {WORK / part}.log")
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     result = json.loads(out.splitlines()[-1]) if out.strip() else {}
-    return result | {"cpu_s": round(cpu, 2), "wall_s": round(time.monotonic() - began, 2), "peak_gb": round(peak[0] / 1e9, 3)}
+    return result | {"cpu_s": round(cpu, 2), "wall_s": round(wall, 2), "peak_gb": round(peak[0] / 1e9, 3)}
 
 
 def _watch(pid: int, peak: list[int]) -> None:
@@ -109,7 +121,7 @@ def _watch(pid: int, peak: list[int]) -> None:
             peak[0] = max(peak[0], total)
         except psutil.Error:
             return
-        time.sleep(0.5)  # between two looks
+        time.sleep(0.2)  # between two looks
 
 
 def ours(source: str, out: str, filters: str, workers: str, tokenizer: str) -> None:
@@ -217,35 +229,39 @@ def datatrove(source: str, out: str, tokenizer: str) -> None:
 
 def recall(tokenizer: Path) -> tuple[float, int]:
     """The share of pairs with an exact Jaccard similarity of 0.8 or more of which not both stay, and how many pairs there are."""
+    source = WORK / "recall"
+    write_jsonl(collect()[0][:RECALL_DOCUMENTS], source, 60, 1, laps=1)
+    measured("ours", str(source), str(WORK / "out-recall"), "", "0", str(tokenizer))
+    return recalled(WORK / "out-recall" / "work")
+
+
+def recalled(work: Path) -> tuple[float, int]:
+    """The same of what a run left in its work folder. Common 5-grams are counted one by one, as strings with a number each."""
     import numpy as np
+    from scipy.sparse import csr_matrix, triu
 
     from kernelm_data.corpus.store import Documents
     from kernelm_data.duplicates import grams
 
-    source = WORK / "recall"
-    write_jsonl(collect()[0][:RECALL_DOCUMENTS], source, 60, 1, laps=1)
-    measured("ours", str(source), str(WORK / "out-recall"), "", "0", str(tokenizer))
+    numbers: dict[str, int] = {}
     sets, stays, seen = [], [], set()
-    for folder in sorted((WORK / "out-recall" / "work" / "first").iterdir()):
+    for folder in sorted((work / "first").iterdir()):
         documents = Documents(folder / "docs.arrow")
-        assigned = np.load(WORK / "out-recall" / "work" / "keep" / f"{folder.name}.npy")
+        assigned = np.load(work / "keep" / f"{folder.name}.npy")
         for row in range(len(documents)):
             text = documents.text(row).tobytes()
             if text not in seen and len(text) < 200_000:
                 seen.add(text)
-                sets.append(set(grams(text.decode())))
+                members = set(grams(text.decode()))
+                sets.append(np.fromiter((numbers.setdefault(gram, len(numbers)) for gram in members), np.int64, len(members)))
                 stays.append(assigned[row] != 255)
-    holders: dict[str, list[int]] = {}
-    pairs = missed = 0
-    for j, members in enumerate(sets):
-        common = Counter(i for gram in members for i in holders.get(gram, ()))
-        for i, count in common.items():
-            if count / (len(sets[i]) + len(members) - count) >= 0.8:
-                pairs += 1
-                missed += bool(stays[i] and stays[j])
-        for gram in members:
-            holders.setdefault(gram, []).append(j)
-    return 1 - missed / max(pairs, 1), pairs
+    sizes, kept = np.array([len(members) for members in sets]), np.array(stays)
+    values = np.concatenate(sets)
+    held = csr_matrix((np.ones(len(values), np.int32), values, np.concatenate([[0], np.cumsum(sizes)])))
+    common = triu(held @ held.T, 1).tocoo()
+    near = common.data / (sizes[common.row] + sizes[common.col] - common.data) >= 0.8
+    missed = near & kept[common.row] & kept[common.col]
+    return 1 - int(missed.sum()) / max(int(near.sum()), 1), int(near.sum())
 
 
 def identical(folder: Path, tokenizer: Path) -> tuple[int, int]:
@@ -292,48 +308,80 @@ def html_rates(pages: list[Path]) -> dict[str, float]:
     return rates
 
 
+PLAIN, FILTERED = "ours, steps of the usual chain", "ours, steps of datatrove"
+FILTERS = "gopher-quality,gopher-repetition,fineweb"
+
+
+def compared(large: float, usual: float, small: float, tokenizer: str) -> dict[str, dict[str, Any]]:
+    """Every way over the whole (MB) and over what the rivals get."""
+    text, usuals, part, cores = str(WORK / "text"), str(WORK / "usual"), str(WORK / "peers"), str(os.cpu_count())
+    for workers in ("0", cores):  # compiled code is cached from now on
+        measured("ours", part, str(WORK / "warm"), FILTERS, workers, tokenizer)
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    its_text = f"{PLAIN}, its text" if usual < large else PLAIN  # the usual chain gets all: it is one text
+    for name, mb, *arguments in (
+        *([(PLAIN, large, "ours", text, str(WORK / "out"), "", "0")] if usual < large else []),
+        (its_text, usual, "ours", usuals, str(WORK / "out-usual"), "", "0"),
+        ("usual chain, its text", usual, "usual", usuals, str(WORK / "usual.jsonl")),
+        (its_text, usual, "ours", usuals, str(WORK / "out-usual"), "", "0"),
+        (PLAIN, large, "ours", text, str(WORK / "out"), "", "0"),
+        ("ours, all cores", large, "ours", text, str(WORK / "out-all"), "", cores),
+        (FILTERED, large, "ours", text, str(WORK / "out-filtered"), FILTERS, "0"),
+        (f"{FILTERED}, its text", small, "ours", part, str(WORK / "out-small"), FILTERS, "0"),
+        ("datatrove, its text", small, "datatrove", part, str(WORK / "datatrove")),
+        (f"{FILTERED}, its text", small, "ours", part, str(WORK / "out-small"), FILTERS, "0"),
+        (FILTERED, large, "ours", text, str(WORK / "out-filtered"), FILTERS, "0"),
+        (f"{PLAIN}, little text", small, "ours", part, str(WORK / "out-small"), "", "0"),
+        ("ours, all cores, little text", small, "ours", part, str(WORK / "out-small"), "", cores),
+    ):
+        run = measured(*arguments, tokenizer) | {"mb": round(mb, 1)}
+        rounds.setdefault(name, []).append(run)
+        say(f"{name}: {run}")
+    return {name: of[-1] | {"cpu_s": median([run["cpu_s"] for run in of]), "rounds": len(of),
+                            "mb_per_s_core": round(median([run["mb"] / run["cpu_s"] for run in of]), 3)}
+            for name, of in rounds.items()}  # fmt: skip
+
+
 def main() -> None:
     files, pages = collect()
     tokenizer = WORK / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     large = write_jsonl(files, WORK / "text", MB, 16)
+    usual = write_jsonl(files, WORK / "usual", min(USUAL_MB, MB), 16)
     small = write_jsonl(files, WORK / "peers", min(PEER_MB, MB), 2)
     if not (tokenizer / "tokenizer.json").exists():
         from kernelm_contracts.data import Train
-        from kernelm_data.corpus.tokenizing import train
+        from kernelm_data.corpus.training import train
 
         say("training a byte-level BPE of 32,000 tokens")
-        train(Train("bpe", 32_000), (text for _, text in list(texts(files[:3000])))).save(str(tokenizer / "tokenizer.json"))
-    t, filters = str(tokenizer), "gopher-quality,gopher-repetition,fineweb"
-    measured("ours", str(WORK / "peers"), str(WORK / "warm"), filters, "0", t)  # compiled code is cached from now on
-    runs: dict[str, dict[str, Any]] = {}
-    for name, mb, part, arguments in (
-        ("ours, steps of the usual chain", large, "ours", (str(WORK / "text"), str(WORK / "out"), "", "0", t)),
-        ("ours, steps of datatrove", large, "ours", (str(WORK / "text"), str(WORK / "out-filtered"), filters, "0", t)),
-        ("ours, a small input", small, "ours", (str(WORK / "peers"), str(WORK / "out-small"), "", "0", t)),
-        ("ours, all cores", large, "ours", (str(WORK / "text"), str(WORK / "out-all"), "", str(os.cpu_count()), t)),
-        ("usual chain", small, "usual", (str(WORK / "peers"), str(WORK / "usual.jsonl"), t)),
-        ("datatrove", small, "datatrove", (str(WORK / "peers"), str(WORK / "datatrove"), t)),
-    ):
-        runs[name] = measured(part, *arguments) | {"mb": round(mb, 1)}
-        runs[name]["mb_per_s_core"] = round(mb / runs[name]["cpu_s"], 3)
-        say(f"{name}: {runs[name]}")
+        train(Train("bpe", 32_000), lambda: (text for _, text in texts(files[:3000]))).save(str(tokenizer / "tokenizer.json"))
+    runs = compared(large, usual, small, str(tokenizer))
     found, pairs = recall(tokenizer)
     documents, same = identical(WORK / "out" / "dataset", tokenizer)
     rates = html_rates(pages) if pages else {}
+
+    def ratio(ours: str, rival: str) -> float:
+        return float(runs[ours]["mb_per_s_core"] / runs[rival]["mb_per_s_core"])
+
     goals = {
-        "vs_usual_chain": runs["ours, steps of the usual chain"]["mb_per_s_core"] / runs["usual chain"]["mb_per_s_core"],
-        "vs_datatrove": runs["ours, steps of datatrove"]["mb_per_s_core"] / runs["datatrove"]["mb_per_s_core"],
+        "vs_usual_chain": ratio(PLAIN, "usual chain, its text"),
+        "vs_datatrove": ratio(FILTERED, "datatrove, its text"),
         "dedup_recall": found,
+    }
+    same_text = {
+        "vs_usual_chain": ratio(PLAIN if usual >= large else f"{PLAIN}, its text", "usual chain, its text"),
+        "vs_datatrove": ratio(f"{FILTERED}, its text", "datatrove, its text"),
     }
     if PEAK_MB:
         write_jsonl(files, WORK / "peak", PEAK_MB, 32)
-        runs["ours, peak"] = measured("ours", str(WORK / "peak"), str(WORK / "out-peak"), filters, str(os.cpu_count()), t)
+        arguments = (str(WORK / "peak"), str(WORK / "out-peak"), "", str(os.cpu_count()), str(tokenizer))
+        runs["ours, peak"] = measured("ours", *arguments)
         goals["peak_gb"] = runs["ours, peak"]["peak_gb"]
-    where = conditions(
-        "datatrove", "datasketch", "tokenizers", "gigatoken", "numba", mb=round(large, 1), roots=[str(r) for r in ROOTS]
-    )
-    finish("data", goals, where, runs=runs, pairs=pairs, same_ids=f"{same} of {documents}", html_mb_per_s=rates)
+    where = conditions("datatrove", "datasketch", "tokenizers", "gigatoken", "numba", mb=round(large, 1), usual_mb=round(usual, 1),
+                       datatrove_mb=round(small, 1),
+                       roots=[str(r) for r in ROOTS])  # fmt: skip
+    details = {"runs": runs, "same_text": same_text, "pairs": pairs, "same_ids": f"{same} of {documents}", "html_mb_per_s": rates}
+    finish("data", goals, where, **details)
 
 
 if __name__ == "__main__":

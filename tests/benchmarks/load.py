@@ -41,6 +41,7 @@ class Plan(msgspec.Struct, frozen=True):
     rate: float  # requests/s
     text: str  # part of each request, beside its number
     out: str  # the arrays go to <out>.due and <out>.took
+    members: str = ""  # JSON members of each request in place of the text
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -65,7 +66,7 @@ class Wire(asyncio.Protocol):
         self.faults: Counter[str] = Counter()
         self._inbox = f"_INBOX.{plan.user}.load."
         self._head = f"PUB {plan.subject} {self._inbox}"
-        self._tail = f',"text":{json.dumps(plan.text)}}}'
+        self._tail = "," + (plan.members or f'"text":{json.dumps(plan.text)}') + "}"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport

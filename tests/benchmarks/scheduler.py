@@ -9,11 +9,13 @@ Completion times: `kernelm simulate` on the Sia workload, where KERNELM_SIA_DATA
 import asyncio
 import gc
 import json
+import math
 import os
 import random
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,14 @@ from kernelm_jobs.checks import check
 from kernelm_jobs.states import advance
 from kernelm_jobs.table import Table
 from kernelm_scheduler.index import Index
-from kernelm_scheduler.policy import Answer, news
+from kernelm_scheduler.policy import news
 from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reporting import conditions, finish, median, quantile, say
 
-SIZES = {100: 60, 1000: 200, 10_000: 6}  # nodes -> rounds; ten jobs a node
+SIZES = {100: 60, 1000: 200, 10_000: 20}  # nodes -> rounds; ten jobs a node
 CHANGES = 20  # jobs that come, and that end, from one round to the next
 WAVES, WAVE = 5, 4000  # durable placements a turn
 REQUESTS = ((0.5, 512, 0), (1.0, 2048, 0), (2.0, 8192, 0), (4.0, 8192, 1), (8.0, 16384, 2), (8.0, 16384, 4))
@@ -151,13 +153,13 @@ def _amount(request: Resources, members: int) -> tuple[float, float, float]:
 def rounds(nodes: int, count: int) -> tuple[list[float], list[float]]:
     """Milliseconds of each round, on the clock and of the processor, the first ones, which fill the cluster, left out."""
     machines = Machines(nodes, nodes * 10)
-    index, answered = Index.of(machines.state, Settings()), dict[str, Answer]()
+    index = Index.of(machines.state, Settings())
     laps, busy, delta = [], [], None
     for _ in range(count + 2):
         begun, worked = time.perf_counter(), time.process_time()
         if delta is not None:
             index.apply(delta)
-        answer = news(index, answered)
+        answer = news(index)
         laps.append((time.perf_counter() - begun) * 1000)
         busy.append((time.process_time() - worked) * 1000)
         if delta is None:
@@ -175,13 +177,13 @@ async def durable(table: Table, wave: int) -> float:
         await asyncio.gather(*(table.jobs.create(n, JobRecord(n, spec, "k" * 64, submitted=1.0)) for n in names[at : at + 1000]))
     nodes = tuple(NodeState(f"n{i:04}", Resources(32.0, 131072), Resources(32.0, 131072), {"trainer": 64}) for i in range(1000))
     empty = ClusterState(1, 1000.0, nodes, (), source="bench")
-    index, answered = Index.of(empty, Settings()), dict[str, Answer]()
+    index = Index.of(empty, Settings())
     pending = tuple(PendingJob(n, "job", spec.resources, ("trainer",), submitted=1.0) for n in names)
     state = replace(empty, version=2, pending=pending)
     delta = changes(empty, state)
     begun = time.perf_counter()
     index.apply(delta)
-    checked = check(state, news(index, answered))
+    checked = check(state, news(index))
     writes = {d.job: _place(d) for d in checked.accepted if d.action == "place"}
     after = await table.jobs.update_all(writes)
     took = time.perf_counter() - begun
@@ -221,6 +223,7 @@ async def rates() -> tuple[list[float], list[float]]:
     ours, theirs = [], []
     async with System() as system:
         table = Table(await system.connect("jobs"))
+        gc.freeze()  # what was imported, as the job table and the plugin do
         ray = ray_process()
         try:
             for wave in range(WAVES):
@@ -244,9 +247,16 @@ def completion(folder: str) -> dict[str, float]:
     command = [str(Path(sys.executable).parent / "kernelm"), "simulate", "--trace", f"{folder}/philly/workload-4.csv",
                "--scheduler", "scheduler,hesrpt,sia,fifo", "--json"]  # fmt: skip
     answer = subprocess.run(command, env={**os.environ, "KERNELM_SIA_DATA": folder}, stdout=subprocess.PIPE, text=True, check=True,
-                            timeout=200)  # fmt: skip
+                            timeout=900)  # fmt: skip
     said = json.loads(answer.stdout)
     return {s["scheduler"]: s["average"] / 3600 for s in said["schedulers"]} | {"no scheduler below": said["bound"] / 3600}
+
+
+def growth(medians: dict[int, float]) -> dict[str, dict[str, float]]:
+    """From each size to the next: how many times as long a round takes, beside what n log n would be."""
+    sizes = sorted(medians)
+    return {f"{a} to {b} nodes": {"times": medians[b] / medians[a], "n log n": b * math.log(b) / (a * math.log(a))}
+            for a, b in pairwise(sizes)}  # fmt: skip
 
 
 def main() -> None:
@@ -255,12 +265,15 @@ def main() -> None:
     for nodes, (times, busy) in laps.items():
         say(f"{nodes:6} nodes, {nodes * 10:7,} jobs: round p50 {quantile(times, 0.5):.1f} ms, p99 {quantile(times, 0.99):.1f} ms; "
             f"of the processor {quantile(busy, 0.5):.1f} and {quantile(busy, 0.99):.1f} ms")  # fmt: skip
+    for step, said in growth({n: quantile(busy, 0.5) for n, (_, busy) in laps.items()}).items():
+        say(f"from {step} {said['times']:.1f} times as long of the processor; n log n would be {said['n log n']:.1f}")
     ours, theirs = asyncio.run(rates())
     goals = {"decisions_per_s": median(ours), "round_p99_ms": quantile(laps[1000][0], 0.99)}
     if theirs and min(theirs) > 0:
         goals["decisions_vs_ray"] = median(ours) / median(theirs)
     details: dict[str, Any] = {"rounds_ms": {n: {"p50": quantile(t, 0.5), "p99": quantile(t, 0.99), "cpu_p50": quantile(c, 0.5),
                                                  "cpu_p99": quantile(c, 0.99)} for n, (t, c) in laps.items()},
+                               "growth": growth({n: quantile(c, 0.5) for n, (_, c) in laps.items()}),
                                "ray_tasks_per_s": median(theirs) if theirs else None}  # fmt: skip
     if folder := os.environ.get("KERNELM_SIA_DATA"):
         details["average_hours"] = hours = completion(folder)

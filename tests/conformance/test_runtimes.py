@@ -14,6 +14,7 @@ from docker.errors import DockerException
 
 from kernelm.testing.conformance import Report, check_in
 from kernelm.testing.conformance.places import IMAGE
+from kernelm.testing.parts import absent
 from kernelm_cli import staging
 from kernelm_cli.app import execute
 from kernelm_cli.scaffold import create
@@ -49,9 +50,7 @@ def image() -> Iterator[str]:
     try:
         docker.from_env(timeout=60).close()
     except DockerException as error:
-        if os.environ.get("KERNELM_REQUIRE_ALL"):
-            pytest.fail(f"no Docker engine: {error}")
-        pytest.skip(f"no Docker engine: {error}")
+        absent(f"no Docker engine: {error}")
     built = subprocess.run([ROOT / "deploy/images/docker.sh", "runner"], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     was = os.environ.get(IMAGE)

@@ -54,7 +54,7 @@ async def deployed(system: System, digest: str, timeout_s: float = 120.0, **more
 
 async def classify(system: System, at_least: int = 0, patience_s: float = 0.0) -> ClassifyReply:
     request = ClassifyRequest(("a goal in the last match",), at_least=at_least)
-    reply: ClassifyReply = await system.admin.call(Server.classify, request, model="news", timeout_s=10.0, patience_s=patience_s)
+    reply: ClassifyReply = await system.admin.call(Server.classify, request, model="news", timeout_s=30.0, patience_s=patience_s)
     return reply
 
 

@@ -112,11 +112,9 @@ def test_real_text_becomes_a_served_model_and_the_three_ways_agree(work: Path, h
     (work / "run.toml").write_text(RUN % {"train": train, "rest": REST})
     first = kernelm(home, "run", str(work / "run.toml"))
     assert first.returncode == 0, first.stdout + first.stderr
-    begun = time.monotonic()
     again = kernelm(home, "run", str(work / "run.toml"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("found, not repeated") >= 3, again.stdout
-    assert time.monotonic() - begun < 60
 
     models = asked(home, "model", "list")
     assert [(m["name"], m["generation"]) for m in models] == [("small", 1)], models
@@ -189,6 +187,7 @@ def test_any_process_may_be_killed_while_a_model_is_trained(work: Path, home: Pa
         return next((j for j in jobs if j["spec"]["name"] == "train"), None)
 
     def with_checkpoint() -> Any:
+        assert run.poll() is None, (work / "out.txt").read_text()[-3000:]
         found = job()
         return found if found and found["checkpoint"] and found["state"] == "running" else None
 

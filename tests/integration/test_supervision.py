@@ -109,7 +109,9 @@ async def test_a_restarted_kernel_adopts_what_runs_and_starts_nothing_anew(runni
 
     async def leads() -> SystemState | None:
         now = await running.state()
-        return now if now is not None and now.leader_epoch > state.leader_epoch and now.health["routes"] == "in force" else None
+        if now is None or now.leader_epoch <= state.leader_epoch or now.health["routes"] != "in force":
+            return None
+        return now if any(i.id == "kernel" and i.state == "ready" for i in now.instances) else None  # it answers before it says so
 
     after: SystemState = await until(leads, 60.0, "the next kernel")
     calling.cancel()

@@ -76,7 +76,7 @@ async def misuse(system: System) -> dict[str, Any]:
     await system.admin.call(Kernel.revoke_key, KeyName(made.key.id))
     for wrong in (credentials, Credentials("admin", made.jwt, new), Credentials("jobs", made.jwt[:-9] + "AAAAAAAAA", seed)):
         with pytest.raises(Fault) as refused:
-            await Bus.connect(system.broker.url, wrong, timeout_s=2)
+            await Bus.connect(system.broker.url, wrong, timeout_s=3)
         faults.append(f"{refused.value!s} {refused.value!r} {refused.value.body()}")
     for token in (system.authority.token("x")[:-40], system.authority.token("x")):
         await asyncio.to_thread(broken.write_text, token)

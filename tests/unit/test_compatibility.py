@@ -23,6 +23,7 @@ def test_optional_fields_methods_and_events_may_be_added(schema: dict[str, Any])
     schema["$defs"]["PrepareRequest"]["properties"]["more"] = {"type": "string", "default": ""}
     schema["methods"]["other"] = schema["methods"]["describe"]
     schema["events"]["a.b"] = {"type": "object"}
+    schema["$defs"]["Private"]["properties"]["style"]["enum"].append("other")
     assert breaks(Data.schema(), schema) == []
 
 
@@ -38,6 +39,8 @@ CHANGES = {
     "prepare.request.clean.min_characters.type: was integer, and is string":
         lambda s: s["$defs"]["Clean"]["properties"]["min_characters"].update(type="string"),
     "prepare.reply.dataset is not required any more": lambda s: s["$defs"]["Prepared"]["required"].remove("dataset"),
+    "prepare.request.private[0].style.enum: was ['hash', 'number', 'type'], and is ['hash', 'number']":
+        lambda s: s["$defs"]["Private"]["properties"]["style"]["enum"].remove("type"),
     "method describe is gone": lambda s: s["methods"].pop("describe"),
     "method describe: kind was unary, and is job": lambda s: s["methods"]["describe"].update(kind="job"),
     "event dataset.prepared is gone": lambda s: s["events"].pop("dataset.prepared"),

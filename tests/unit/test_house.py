@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("policies",)  # several small plugins in one distribution
-SUBSYSTEMS = ("scheduler", "data", "trainer", "optimizer", "vllm", "encoder")
+SUBSYSTEMS = ("scheduler", "data", "trainer", "optimizer", "vllm", "encoder", "retriever")
 
 
 def sources(*folders: str) -> Iterator[Path]:

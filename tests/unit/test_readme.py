@@ -73,7 +73,7 @@ def test_the_protocol_names_only_what_there_is() -> None:
     for name, major, method in calls:
         assert method in CONTRACTS[f"{name}/{major}"].methods, f"svc.{name}.v{major}.{method}"
     section = text.partition("## The manifest")[2].partition("## ")[0]
-    rows = [cell for row in re.findall(r"^\| (`.*?) \|", section, re.M) for cell in re.findall(r"`\[?(\w+)\]?`", row)]
+    rows = [cell for row in re.findall(r"^\| (`.*?) \|", section, re.M) for cell in re.findall(r"`\[?(\w+)(?:\.\w+)?\]?`", row)]
     assert set(rows) == {f.name for f in msgspec.structs.fields(Manifest)}
 
 

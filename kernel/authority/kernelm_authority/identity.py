@@ -33,8 +33,8 @@ ROLES = {"operator": nkeys.PREFIX_BYTE_OPERATOR, "account": nkeys.PREFIX_BYTE_AC
 # Of the system's own services: the buckets they write, the buckets they only read, and what they call ("*" for everything
 # but what is denied below).
 SERVICES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "jobs": (("jobs", "runs", "results", "deployments"), ("registry",), ("*",)),
-    "artifacts": (("datasets", "models"), (), ()),
+    "jobs": (("jobs", "runs", "results", "deployments", "usage"), ("registry",), ("*",)),
+    "artifacts": (("datasets", "models"), (), ("kernel/1.state", "artifacts/1")),
     "gateway": ((), ("keys", "deployments", "jobs", "runs"), ("*",)),
     "node": ((), (), ("kernel/1.exited", "kernel/1.state", "artifacts/1")),
 }
@@ -112,18 +112,19 @@ def permissions(grant: Grant) -> tuple[list[str], list[str]]:
             contract, _, method = call.partition(".")
             may_call(f"{contract.replace('/', '.v')}.{method or '*'}")
     if grant.role == "plugin":
-        may_call("work.v1.report", "artifacts.v1.put", "artifacts.v1.open", "artifacts.v1.describe")
+        may_call("work.v1.report", "work.v1.used", "artifacts.v1.put", "artifacts.v1.open", "artifacts.v1.describe")
     else:
         subscribe.append("evt.>")
     if grant.role == "admin":
-        publish.append("$JS.API.DIRECT.GET.>")
+        publish.extend(["$JS.API.DIRECT.GET.>", "$SRV.>"])
         return publish, subscribe
     if grant.role == "service":
         publish.extend(f"$KV.{bucket}.>" for bucket in writes)
         publish.extend(f"$JS.API.DIRECT.GET.KV_{bucket}{end}" for bucket in writes + reads for end in ("", ".>"))
         publish.extend(["$JS.API.DIRECT.GET.EVT", f"dlq.{me}.>"])
     publish.append(f"$KV.leases.{me}")
-    subscribe.extend([f"impl.{grant.pool or me}.>", f"inst.{me}.>"])
+    publish.extend(f"inst.*.artifacts.v1.{method}.{me}" for method in ("open", "put"))  # of the mirror on its machine
+    subscribe.extend([f"impl.{grant.pool or me}.>", f"inst.{me}.>", "$SRV.>"])
     return publish, subscribe
 
 

@@ -25,6 +25,7 @@ from kernelm.testing.node import InlineNode
 from kernelm_authority.broker import Broker
 from kernelm_authority.files import write_secret
 from kernelm_authority.identity import Grant, admin, init_home
+from kernelm_sdk import tracing
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.enrollment import join
 from kernelm_sdk.errors import Fault
@@ -32,8 +33,15 @@ from kernelm_sdk.plugin import Context, Manifest, Plugin, load_plugin
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import Empty, Kernel, PoolSpec, SystemState
 
+LEAST_S = 40.0
+
 
 async def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> Any:
+    """As `within`, with patience: not given up before LEAST_S, for how quick a machine is, is no test's subject."""
+    return await within(condition, max(timeout_s, LEAST_S), what)
+
+
+async def within(condition: Callable[[], Any], timeout_s: float, what: str = "the condition") -> Any:
     """Wait until `condition()` (a plain or coroutine function) is true; its value. AssertionError after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while True:
@@ -111,7 +119,7 @@ class System:
     async def connect(self, name: str, grant: Grant | None = None) -> Bus:
         """A connection under `name`: a service's, or what `grant` says; enrolled with a one-time token."""
         credentials = await join(self.broker.url, self.authority.token(name, grant))
-        return await self.track(Bus.connect(self.broker.url, credentials))
+        return await self.track(tracing.join_as_member(self.broker.url, credentials))
 
     async def plugin(self, factory: type[Plugin], manifest: Manifest, *, pool: str = "", settings: dict[str, Any] | None = None,
                      instance: str = "") -> Member:  # fmt: skip

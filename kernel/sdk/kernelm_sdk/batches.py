@@ -1,5 +1,6 @@
 """Several messages stored in one stream together, or none of them (JetStream atomic batch publish, ADR-50; nats-server 2.12)."""
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from kernelm_sdk.records import Storage
 
 MOST = 1000  # messages in a batch: the broker's limit
+BREATH = 100  # messages, after which they are let out: the broker begins while the rest is made
 CONFLICTS = (10071, 10164)  # wrong last sequence
 
 
@@ -30,15 +32,19 @@ async def store(bus: "Storage", messages: Sequence[Message], timeout_s: float = 
     if len(messages) > MOST:
         raise ClientFault("too_large", f"{len(messages)} messages in a batch, at most {MOST}", "make several batches")
     batch, last = secrets.token_hex(12), len(messages)
-    for number, message in enumerate(messages, 1):
-        headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
-        if message.expected >= 0:
-            headers["Nats-Expected-Last-Subject-Sequence"] = str(message.expected)
-        if number < last:
-            await bus._link.client.publish(message.subject, message.body, headers=headers)
-            continue
-        headers["Nats-Batch-Commit"] = "1"
-        answer = msgspec.json.decode((await bus.request(message.subject, message.body, timeout_s, headers)).data)
+
+    def headers(number: int, expected: int) -> dict[str, str]:
+        said = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
+        return said if expected < 0 else said | {"Nats-Expected-Last-Subject-Sequence": str(expected)}
+
+    async with bus._batching:  # the broker stores one while the next one is sent, and not all of them at the end
+        for number, (subject, body, expected) in enumerate(messages[:-1], 1):
+            await bus._link.client.publish(subject, body, headers=headers(number, expected))
+            if number % BREATH == 0:
+                await asyncio.sleep(0)
+    subject, body, expected = messages[-1]
+    commit = headers(last, expected) | {"Nats-Batch-Commit": "1"}
+    answer = msgspec.json.decode((await bus.request(subject, body, timeout_s, commit)).data)
     if error := answer.get("error"):
         if error.get("err_code") in CONFLICTS:
             raise ClientFault("conflict", "another writer was first on a message of a batch", "read again, retry", retriable=True)

@@ -22,7 +22,7 @@ from kernelm_sdk.contract import TOKEN, Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault, from_body
 from kernelm_sdk.links import Credentials, Link, Refusals, Subscription
 from kernelm_sdk.records import Bucket, Storage
-from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, MOVED, WINDOW, Direct, Served, encode, handlers_of
+from kernelm_sdk.serving import DEADLINE, ERROR, ERROR_CODE, LAST, MOVED, WINDOW, Direct, Frames, Served, encode, handlers_of
 from kernelm_sdk.system import Dispatch
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -57,7 +57,8 @@ class Bus(Storage):
     @classmethod
     async def connect(cls, url: str, credentials: Credentials, *, tls: ssl.SSLContext | None = None,
                       timeout_s: float = 10.0) -> "Bus":  # fmt: skip
-        """Connect, or KernelFault "broker_unreachable" / ClientFault "unauthorized" within `timeout_s`."""
+        """Connect, or KernelFault "broker_unreachable" / ClientFault "unauthorized", "bad_certificate" within `timeout_s`. A
+        "tls://" URL is TLS from the first byte, with the certificates of the environment (tls.py) if none are given."""
         bus = cls(url, credentials.user, tls)
         bus._use(await bus._open(credentials, timeout_s))
         return bus
@@ -71,6 +72,7 @@ class Bus(Storage):
                 await link.close(0)
 
         async def on_disconnect() -> None:
+            link.lost()
             self._lost(link, "the connection to the broker was lost before the answer came")
 
         async def on_reconnect() -> None:
@@ -81,19 +83,15 @@ class Bus(Storage):
         try:
             await link.connect(
                 self._url, timeout_s, name=self.user, user_jwt_cb=link.jwt, signature_cb=link.sign, inbox_prefix=link.inbox,
-                tls=self._tls,
+                tls=self._tls, hopeless=refusals.hopeless,
                 skip_subject_validation=True,  # subjects are made of checked tokens: see `_subject`
                 max_reconnect_attempts=-1, reconnect_time_wait=0.1, ping_interval=1, max_outstanding_pings=3,
                 error_cb=on_error, disconnected_cb=on_disconnect, reconnected_cb=on_reconnect,
             )
         except Exception as error:
             await link.close()
-            cause = refusals.last or str(error) or type(error).__name__
-            if refusals.refused:
-                raise ClientFault("unauthorized", f"the broker at {self._url} refused {self.user!r}: {cause}",
-                                  "the key is wrong, expired or revoked: get a new one") from None  # fmt: skip
-            raise KernelFault("broker_unreachable", f"no broker at {self._url}: {cause}", "is `kernelm up` running?",
-                              retriable=True) from None  # fmt: skip
+            raise refusals.fault(error, self._url, self.user) from None
+        refusals.clear()
         Direct.replace(await link.client.subscribe(f"{link.inbox}.*", pending_bytes_limit=0), self._on_reply)
         guard = asyncio.create_task(self._guard(link))
         self._guards.add(guard)
@@ -216,6 +214,9 @@ class Bus(Storage):
             sink.put_nowait(msg)
         elif sink is not None and not sink.done():
             sink.set_result(msg)
+        elif sink is None and msg.reply.startswith("_INBOX."):  # a frame for a reader who left before its first one
+            self._guards.add(late := asyncio.ensure_future(self._client.publish(msg.reply, b"cancel")))
+            late.add_done_callback(self._guards.discard)
 
     def _token(self) -> str:
         """A name for a request in the inbox. Who is asked learns it, and the inbox with it, and must not guess the next."""
@@ -284,21 +285,19 @@ class Bus(Storage):
             pause = min(pause * 2, 1.0)
 
     async def stream(self, declared: Any, request: msgspec.Struct, *, model: str = "", instance: str = "",
-                     idle_s: float = DEFAULT_TIMEOUT_S) -> AsyncIterator[Any]:  # fmt: skip
+                     idle_s: float = DEFAULT_TIMEOUT_S, headers: dict[str, str] | None = None) -> AsyncIterator[Any]:  # fmt: skip
         """The frames of a streamed method, in order. At most WINDOW are in flight; leaving the loop stops the producer."""
         method, decoder = self.resolve(declared)
         subject = self._subject(declared, method, model, instance)
-        link, token, frames = self._link, self._token(), asyncio.Queue[Msg | Fault]()
-        moved: tuple[str, asyncio.Queue[Msg | Fault]] | None = None  # where the frames will come from soon
+        late = KernelFault("timeout", f"no frame on {subject} within {idle_s:g} s", retriable=True)
+        link, token, frames = self._link, self._token(), Frames(idle_s, late)
+        moved: tuple[str, Frames] | None = None  # where the frames will come from soon
         self._waiting[token] = (subject, frames, link)
-        count, credit, late = 0, "", KernelFault("timeout", f"no frame on {subject} within {idle_s:g} s", retriable=True)
+        count, credit = 0, ""
         try:
-            await link.client.publish(subject, encode(request), reply=f"{link.inbox}.{token}")
+            await link.client.publish(subject, encode(request), reply=f"{link.inbox}.{token}", headers=headers)
             while True:
-                try:
-                    msg = await asyncio.wait_for(frames.get(), idle_s)
-                except TimeoutError:
-                    raise late from None
+                msg = await frames.get()
                 if isinstance(msg, Fault):
                     raise msg
                 _raise_if_fault(msg, subject)
@@ -307,19 +306,23 @@ class Bus(Storage):
                     return
                 if msg.headers and MOVED in msg.headers and moved:
                     del self._waiting[token]
+                    frames.close()
                     (token, frames), moved = moved, None
                     continue
                 count, credit = count + 1, msg.reply
                 yield decoder.decode(msg.data)
                 if credit and not moved and self._link is not link:  # have the rest sent to the new connection
-                    link, moved = self._link, (self._token(), asyncio.Queue[Msg | Fault]())
+                    link, moved = self._link, (self._token(), Frames(idle_s, late))
                     self._waiting[moved[0]] = (subject, moved[1], link)
                     await link.client.publish(credit, str(count).encode(), reply=f"{link.inbox}.{moved[0]}")
                 elif credit and count % (WINDOW // 2) == 0:
                     await self._client.publish(credit, str(count).encode())
+        except nats.errors.Error as error:
+            raise _of_nats(error, subject) from None
         finally:
-            for waiting in (token, moved[0] if moved else ""):
+            for waiting, queue in filter(None, ((token, frames), moved)):
                 self._waiting.pop(waiting, None)
+                queue.close()
             if credit:
                 await self._client.publish(credit, b"cancel")
 

@@ -46,6 +46,10 @@ class Fault(Exception):
         """The fault as a struct for the wire."""
         return FaultBody(self.whose, self.code, self.message, self.remedy, self.retriable, self.details)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a worker process raises arrives in its parent as it was: an exception is pickled as its class and its message."""
+        return from_body, (self.body(),)
+
 
 class ClientFault(Fault):
     """The caller asked for something that can't be had; asking again changes nothing unless `retriable`."""
@@ -67,8 +71,8 @@ class KernelFault(Fault):
 
 STATUS = {
     "unauthorized": 401, "permission_denied": 403, "unknown_model": 404, "not_found": 404, "conflict": 409,
-    "stale_generation": 409, "stale_epoch": 409, "already_exists": 409, "too_large": 413, "busy": 429,
-    "not_ready": 503, "no_responders": 503, "timeout": 504, "unsupported_method": 501,
+    "stale_generation": 409, "stale_epoch": 409, "already_exists": 409, "too_large": 413, "busy": 429, "budget_spent": 429,
+    "rate_limited": 429, "not_ready": 503, "no_responders": 503, "timeout": 504, "unsupported_method": 501,
 }  # fmt: skip
 
 _CLASSES: dict[str, type[Fault]] = {"client": ClientFault, "plugin": PluginFault, "kernel": KernelFault}

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import logging
 import secrets
+import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import nkeys
 
-from kernelm_sdk.errors import KernelFault
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.serving import Direct
+from kernelm_sdk.tls import client_context, fault_of, refresh
 
 if TYPE_CHECKING:
     from kernelm_sdk.bus import Bus
 
 LARGEST_BACKLOG = 2**27  # bytes that may wait for one handler
+GREETING_S = 5  # until the broker has greeted us over TLS, perhaps through a relay: as long as it waits itself (nats-py: 2 s)
 SHUT_OUT = 5  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
@@ -47,6 +50,7 @@ class Link:
         self.client, self.credentials = client, credentials
         self.inbox = f"_INBOX.{credentials.user}.{secrets.token_hex(16)}"
         self.held: set[str] = set()  # streams that still expect acknowledgements here
+        self._own: ssl.SSLContext | None = None  # of the environment's certificates
 
     def jwt(self) -> bytearray:
         return bytearray(self.credentials.jwt.encode())
@@ -54,16 +58,31 @@ class Link:
     def sign(self, nonce: str) -> bytes:
         return base64.b64encode(nkeys.from_seed(self.credentials.seed.encode()).sign(nonce.encode()))
 
-    async def connect(self, url: str, timeout_s: float, **options: Any) -> None:
-        """Connect within `timeout_s`, or raise TimeoutError or what nats-py raises; it tries again and again until then."""
+    async def connect(self, url: str, timeout_s: float, tls: ssl.SSLContext | None, hopeless: asyncio.Event,
+                      **options: Any) -> None:  # fmt: skip
+        """Connect within `timeout_s`, or raise TimeoutError or what nats-py raises; it tries again until then or `hopeless`. With
+        "tls://" no byte goes in the clear: the broker's greeting could be another's, who says that it needs no TLS."""
+        first = url.startswith("tls:")
+        self._own = client_context() if first and tls is None else None
+        options |= {"tls": tls or self._own, "tls_handshake_first": first, "connect_timeout": GREETING_S}
         connecting = asyncio.create_task(self.client.connect(url, **options))
+        ending = asyncio.create_task(hopeless.wait())
         try:
-            await asyncio.wait([connecting], timeout=timeout_s)
+            await asyncio.wait([connecting, ending], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not connecting.done():
                 raise TimeoutError
             connecting.result()
         finally:
+            ending.cancel()
             await _end(connecting)
+
+    def lost(self) -> None:
+        """nats-py will connect again: with the certificates that lie there by then."""
+        if self._own is not None:
+            try:
+                refresh(self._own)
+            except ClientFault as fault:
+                log.error("%s: %s", self.credentials.user, fault)
 
     async def barrier(self) -> None:
         """All that was sent before has reached the broker, and all that the broker sent before is handled. nats-py's flush
@@ -96,18 +115,38 @@ class Refusals:
     overtake the reason."""
 
     def __init__(self) -> None:
+        self.hopeless = asyncio.Event()  # a certificate is no matter of time
         self.clear()
+        self._admitted = False
 
     def clear(self) -> None:
         """It has let us in."""
-        self._row, self._told, self.last = 0, False, ""
+        self._row, self._told, self.last, self._admitted = 0, False, "", True
+        self._tls: ssl.SSLError | None = None
+
+    def fault(self, error: Exception, url: str, user: str) -> Fault:
+        """Why nobody was let in, when trying has ended with `error`."""
+        if isinstance(error, Fault):
+            return error
+        if self._tls or isinstance(error, ssl.SSLError):
+            return fault_of(self._tls or error, f"the broker at {url}")
+        cause = self.last or str(error) or type(error).__name__
+        if self.refused:
+            return ClientFault("unauthorized", f"the broker at {url} refused {user!r}: {cause}",
+                               "the key is wrong, expired or revoked: get a new one")  # fmt: skip
+        return KernelFault("broker_unreachable", f"no broker at {url}: {cause}", "is `kernelm up` running?", retriable=True)
 
     @property
     def refused(self) -> bool:
         return self._told or self._row >= SHUT_OUT
 
     def note(self, error: Exception) -> bool:
-        """Whether the connection counts as closed for good, after `error`."""
+        """Whether the connection counts as closed for good, after `error`. Who was let in before waits for a new certificate."""
+        if isinstance(error, ssl.SSLError):
+            self._tls = error
+            if not self._admitted:
+                self.hopeless.set()
+            return False
         text = str(error) or type(error).__name__
         told = "authorization violation" in text.lower()
         if told or isinstance(error, ConnectionResetError):

@@ -140,11 +140,12 @@ class Job(Call):
         """From a worker thread: the result of a coroutine of this context, e.g. `job.wait(job.context.store(...))`."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def save(self, folder: Path, **metadata: Any) -> str:
-        """Store `folder` as a checkpoint and make it the one to resume from; its digest. ClientFault "stale_epoch" if
-        the job has another owner by now: then nothing was changed."""
+    async def save(self, folder: Path, *, passing: bool = False, **metadata: Any) -> str:
+        """Store `folder` as a checkpoint and make it the one to resume from; its digest. A `passing` one is erased once a later
+        one is on record. ClientFault "stale_epoch" if the job has another owner by now: then nothing was changed."""
         self.raise_if_cancelled()
-        digest = await self.context.store(folder, "checkpoint", metadata=metadata, job=self.id)
+        lineage = {"job": self.id} | ({"before": self.checkpoint} if self.checkpoint else {})
+        digest = await self.context.store(folder, "checkpoint", metadata | ({"passing": True} if passing else {}), **lineage)
         if self.report is not None:
             await self.report(digest)
         self.checkpoint = digest
@@ -154,15 +155,19 @@ class Job(Call):
 class Context:
     """What a plugin has of the system: calls, events, artifacts, a scratch folder, a log."""
 
-    def __init__(self, bus: "Bus", instance: str, pool: str, manifest: Manifest, scratch: Path, cpu: float = 0.0) -> None:
+    def __init__(self, bus: "Bus", instance: str, pool: str, manifest: Manifest, scratch: Path, cpu: float = 0.0,
+                 memory_mb: int = 0, mirror: str = "") -> None:  # fmt: skip
         self.bus, self.instance, self.pool, self.manifest, self.scratch = bus, instance, pool, manifest, scratch
+        self.memory_mb = memory_mb  # that was granted to the instance without its jobs, 2**20 bytes; 0: not known
         self.threads = ceil(cpu)  # that keep the cores busy which the instance has for itself, without its jobs; 0: not known
         self.log = logging.getLogger(manifest.name)
+        self._mirror = mirror  # who opens and takes artifacts on this machine; "" where the store itself is here
 
     async def call(self, declared: Callable[[Any, Req, Any], Coroutine[Any, Any, Rep]], request: Req, *, model: str = "",
                    timeout_s: float = 30.0) -> Rep:  # fmt: skip
         """Call a contract's method (`Jobs.submit`) wherever it is routed, or a model's."""
-        reply: Rep = await self.bus.call(declared, request, model=model, timeout_s=timeout_s)
+        near = self._mirror if declared in (Artifacts.open, Artifacts.put) else ""
+        reply: Rep = await self.bus.call(declared, request, model=model, instance=near, timeout_s=timeout_s)
         return reply
 
     async def publish(self, event: Event) -> None:
@@ -171,13 +176,13 @@ class Context:
 
     async def artifact(self, digest: str) -> Path:
         """A read-only folder with the artifact's files, every byte verified."""
-        opened = await self.bus.call(Artifacts.open, ArtifactName(digest), timeout_s=300.0)
+        opened = await self.call(Artifacts.open, ArtifactName(digest), timeout_s=300.0)
         return Path(opened.path)
 
     async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
         """Put the files of `folder` into the store for good; their digest."""
         request = PutArtifact(str(folder), kind, lineage, metadata or {})
-        stored: Artifact = await self.bus.call(Artifacts.put, request, timeout_s=300.0)
+        stored: Artifact = await self.call(Artifacts.put, request, timeout_s=300.0)
         return stored.digest
 
 

@@ -5,6 +5,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
@@ -13,6 +14,7 @@ from kernelm_sdk.batches import Message, store
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.events import Event, Received, envelope, received
 from kernelm_sdk.serving import encode
+from kernelm_sdk.usage import Meter
 
 if TYPE_CHECKING:
     from kernelm_sdk.links import Link
@@ -31,6 +33,8 @@ class Storage(ABC):
     def __init__(self) -> None:
         self._sequence = 0
         self._publishing = asyncio.Lock()
+        self._batching = asyncio.Lock()  # held while the messages of a batch are sent
+        self.meter = Meter()  # of what this identity has served
 
     @abstractmethod
     async def request(self, subject: str, body: bytes, timeout_s: float, headers: dict[str, str] | None = None) -> Any: ...
@@ -82,11 +86,13 @@ class Storage(ABC):
 
         return await self._subscribe(pattern, on_message)
 
-    async def read(self, stream: str, pattern: str = "", first: int = 1, batch: int = 500
+    async def read(self, stream: str, pattern: str = "", first: int = 1, batch: int = 500, since: float = 0.0
                    ) -> AsyncIterator[tuple[int, str, bytes, dict[str, str]]]:  # fmt: skip
-        """(sequence, subject, body, headers) of all messages stored in `stream` from `first` on, to its present end."""
+        """(sequence, subject, body, headers) of all messages stored in `stream` from `first` on, or from the moment `since` (Unix
+        seconds), to its present end."""
+        begin: dict[str, Any] = {"start_time": datetime.fromtimestamp(since, UTC).isoformat()} if since else {"seq": first}
         while True:
-            query = encode({"seq": first, "batch": batch, "next_by_subj": pattern or ">"})
+            query = encode({**begin, "batch": batch, "next_by_subj": pattern or ">"})
             token, replies, link = self._token(), asyncio.Queue[Any](), self._link
             subject = f"$JS.API.DIRECT.GET.{stream}"
             self._waiting[token] = (subject, replies, link)
@@ -105,8 +111,9 @@ class Storage(ABC):
                             raise KernelFault("storage", f"{stream}: {status} {headers.get('Description', '')}", retriable=True)
                         pending = int(headers.get("Nats-Num-Pending", 0))
                         break
-                    first = int(headers["Nats-Sequence"]) + 1
-                    yield first - 1, headers["Nats-Subject"], msg.data, headers
+                    sequence = int(headers["Nats-Sequence"])
+                    begin = {"seq": sequence + 1}
+                    yield sequence, headers["Nats-Subject"], msg.data, headers
             except TimeoutError:
                 raise KernelFault("timeout", f"no answer of stream {stream}", "is the broker up?", retriable=True) from None
             finally:

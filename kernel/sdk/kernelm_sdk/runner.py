@@ -22,10 +22,13 @@ import msgspec
 import psutil
 import uvloop
 
+from kernelm_sdk import logs, tracing
 from kernelm_sdk.bus import Bus, Credentials, Served, encode, handlers_of
 from kernelm_sdk.contract import CONTRACTS, Method
+from kernelm_sdk.discovery import Discovery
 from kernelm_sdk.enrollment import join, new_seed, renew
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault
+from kernelm_sdk.health import answer
 from kernelm_sdk.plugin import (
     Context,
     Job,
@@ -55,6 +58,7 @@ from kernelm_sdk.system import (
 log = logging.getLogger("kernelm.runner")
 ORPHAN_S = 60.0  # without a broker for so long, an instance ends itself
 REPORT_EVERY_S = 0.5
+TOKEN_S = 30.0  # a new token is laid down for each start, by somebody else (kernelm_authority.tokens)
 REMEMBERED = 1000  # jobs that are over, with their epochs
 
 
@@ -65,6 +69,7 @@ class Member:
         self.bus, self.name, self.plugin, self.version, self.contracts = bus, name, plugin, version, contracts
         self.max_jobs, self.begun = max_jobs, time.time()
         self.own_process, self.orphaned = True, False
+        self.state, self._lease_ttl_s = "starting", 0
         self.jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self.over: dict[str, int] = {}  # job -> last epoch of it that ended here
         self.stopping = asyncio.Event()
@@ -76,7 +81,9 @@ class Member:
         """Live the whole life of the member; returns when it was asked to stop."""
         offered = tuple(ContractVersion(c, CONTRACTS[c].schema_hash()) for c in self.contracts if c in CONTRACTS)
         hello = Hello(self.name, self.plugin, self.version, offered)
+        health = await answer(self.unready) if self.own_process else None
         welcome = await self.bus.call(Kernel.hello, hello, timeout_s=5.0, patience_s=60.0)
+        self._lease_ttl_s = welcome.lease_ttl_s
         lease = asyncio.create_task(self._renew_lease(welcome.lease_ttl_s))
         try:
             self.implementation = await build(welcome.settings)
@@ -85,17 +92,33 @@ class Member:
             handlers = self._handlers(welcome.contracts) | handlers_of(self, "plugin/1")
             self.served = await self.bus.serve(handlers, pool=welcome.pool, instance=self.name, models=models)
             self.served.absent = getattr(self.implementation, "absent", self.served.absent)  # of a service that speaks for others
+            methods = {key: method for key, (method, _) in handlers.items()}
+            finding = Discovery(self.bus, self.plugin, self.name, self.version, welcome.pool, methods)
+            await finding.answer(self.served, models)
             self.bus.reconnected.append(self._reconnected)
             await self._until_stopping(self.bus.call(Kernel.ready, Ready(self.name, models), timeout_s=5.0, patience_s=60.0))
             log.info("%s is ready in pool %s", self.name, welcome.pool)
+            self.state = ""
+            telling = asyncio.create_task(self.bus.meter.run(self.bus))
             await self.stopping.wait()
+            self.state = "stopping"
+            telling.cancel()
             await self.served.fence(30.0)
+            with contextlib.suppress(Fault):  # the job table is away too: what was not yet told is not waited for
+                await self.bus.meter.tell(self.bus)
             for job, task in list(self.jobs.values()):
                 job.cancelled = "the instance stops"
                 task.cancel()
             await self.implementation.on_stop()
         finally:
             lease.cancel()
+            if health is not None:
+                health.close()
+
+    def unready(self) -> str:
+        """Why it can't be relied upon at this moment, "" if it can: for who asks after its health."""
+        silent = time.monotonic() - self._connected_at
+        return self.state or ("" if silent <= self._lease_ttl_s else f"its lease was not renewed for {silent:.0f} s")
 
     async def _until_stopping(self, work: Awaitable[Any]) -> None:
         """Wait for `work`, and no longer than until the member is to stop: a kernel that is away must not keep it."""
@@ -110,9 +133,10 @@ class Member:
 
     def _handlers(self, contracts: tuple[str, ...]) -> dict[str, tuple[Method, Callable[..., Any]]]:
         if not isinstance(self.implementation, Plugin):
-            return handlers_of(self.implementation, *contracts)
+            beside = getattr(self.implementation, "addressed", {})  # what it answers when asked itself, and is no route for
+            return handlers_of(self.implementation, *contracts) | beside
         handlers = implemented(self.implementation, contracts)
-        return {k: (m, self._accept(m, h) if m.kind == "job" else h) for k, (m, h) in handlers.items()}
+        return {k: (m, self._accept(m, tracing.job(m, h)) if m.kind == "job" else h) for k, (m, h) in handlers.items()}
 
     async def _reconnected(self) -> None:
         self._connected_at = time.monotonic()
@@ -263,10 +287,21 @@ def _renewal(credentials: Credentials) -> float:
 async def _connect(environment: Mapping[str, str]) -> Bus:
     token = Path(environment["KERNELM_TOKEN_FILE"])
     url, _ = await reachable(environment["KERNELM_URL"])  # in a container by a relay that lives as long as the event loop
-    credentials = await join(url, token.read_text())
+    text = await _read(token)
     if os.access(token.parent, os.W_OK):  # a container's is mounted read-only, and the node deletes it
         token.unlink(missing_ok=True)
-    return await Bus.connect(url, credentials)
+    credentials = await join(url, text)
+    return await tracing.join_as_member(url, credentials)
+
+
+async def _read(token: Path) -> str:
+    """The join token, once it is there."""
+    until = time.monotonic() + TOKEN_S
+    while not token.exists():
+        if time.monotonic() > until:
+            raise ClientFault("no_token", f"no join token came to {token} within {TOKEN_S:g} s", "issue one, see deploy/README.md")
+        await asyncio.sleep(0.05)
+    return token.read_text()
 
 
 def _manifest(plugin: str, path: str) -> Manifest:
@@ -300,7 +335,8 @@ async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event |
     scratch.mkdir(parents=True, exist_ok=True)
     bus = await _connect(environment)
     try:
-        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch, float(environment.get("KERNELM_CPU", 0)))
+        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch, float(environment.get("KERNELM_CPU", 0)),
+                          int(environment.get("KERNELM_MEMORY_MB", 0)), environment.get("KERNELM_MIRROR", ""))  # fmt: skip
         _import(manifest)  # declares its contracts
         member = Member(bus, name, plugin, manifest.version, manifest.contracts, manifest.max_jobs)
         if stopping is not None:
@@ -332,7 +368,7 @@ def run_service(name: str, contracts: tuple[str, ...], factory: Callable[[Bus, P
         await bus.close()
         return 0
 
-    sys.exit(_main(main))
+    sys.exit(_main(main, name))
 
 
 def _stop_on_signals(stopping: asyncio.Event, wanted: bool) -> None:
@@ -340,9 +376,8 @@ def _stop_on_signals(stopping: asyncio.Event, wanted: bool) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
 
 
-def _main(main: Callable[[], Any]) -> int:
-    logging.basicConfig(level=os.environ.get("KERNELM_LOG", "INFO"), format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-                        force=True)  # in a forked instance the plugin's import came first  # fmt: skip
+def _main(main: Callable[[], Any], name: str = "") -> int:
+    logs.configure(name)
     try:
         return int(uvloop.run(main()))
     except Fault as fault:

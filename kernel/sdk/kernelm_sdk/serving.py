@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,45 @@ class Reader(asyncio.Queue[Any]):
                 self._work.cancel()
         else:
             super().put_nowait(item)
+
+
+class Frames(asyncio.Queue[Any]):
+    """What comes of a stream, for its one reader, who gets the fault `late` after waiting `idle_s` for the next message. One timer
+    looks after the whole stream: to set and cancel one for each message costs more than to read it."""
+
+    _queue: deque[Any]  # of the base class
+
+    def __init__(self, idle_s: float, late: Fault) -> None:
+        super().__init__()
+        self._idle_s, self._late, self._loop = idle_s, late, asyncio.get_running_loop()
+        self._reader: asyncio.Future[None] | None = None  # who waits, and since when
+        self._since = 0.0
+        self._timer = self._loop.call_later(idle_s, self._look)
+
+    def put_nowait(self, item: Any) -> None:
+        self._queue.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Any:
+        while not self._queue:
+            self._since, self._reader = self._loop.time(), self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self._queue.popleft()
+
+    def _look(self) -> None:
+        waited = 0.0 if self._reader is None else self._loop.time() - self._since
+        if waited >= self._idle_s:
+            self.put_nowait(self._late)
+            waited = 0.0
+        self._timer = self._loop.call_later(self._idle_s - waited, self._look)
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        self._timer.cancel()
 
 
 class Served:
@@ -129,12 +169,16 @@ class Served:
                 raise invalid(f"{name}: the request", error) from None
             call = self._make_call(caller, model, msg.headers)
             if method.kind == "streamed":
-                await self._stream(msg, handler(request, call))
+                reply = await self._stream(msg, handler(request, call))
             else:
                 reply = await handler(request, call)
                 if msg.reply:
                     await self._bus._client.publish(msg.reply, encode(reply))
+            if model:
+                self._bus.meter.note(model, reply, caller=caller)
         except Exception as error:
+            if tokens[2:3] == ["model"] and len(tokens) == 6:
+                self._bus.meter.note(tokens[3], caller=tokens[5])
             self.failed += not isinstance(error, ClientFault)
             await self._refuse(msg, error)
 
@@ -148,12 +192,14 @@ class Served:
             headers = {ERROR: line.encode("ascii", "replace").decode(), ERROR_CODE: str(error.http_status)}
             await self._bus._client.publish(msg.reply, encode(error.body()), headers=headers)
 
-    async def _stream(self, msg: Any, frames: AsyncIterator[Any]) -> None:
-        """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work."""
+    async def _stream(self, msg: Any, frames: AsyncIterator[Any]) -> Any:
+        """Send frames within the consumer's credit; a consumer that is gone (no responders) or cancels stops the work. The last
+        frame."""
         bus, token, target = self._bus, self._bus._token(), msg.reply
         link, left, reader = bus._link, list[Any](), Reader()
         bus._waiting[token] = (target, reader, link)
         sent = acknowledged = 0
+        frame = None
         try:
             async for frame in frames:
                 if bus._link is not link:  # the connection was renewed: acknowledgements are asked for on the new one
@@ -163,6 +209,8 @@ class Served:
                     link = bus._link
                     bus._waiting[token] = (target, reader, link)
                 await link.client.publish(target, encode(frame), reply=f"{link.inbox}.{token}")
+                if not sent:  # the first one leaves now, also where the handler makes more of them without a pause
+                    await asyncio.sleep(0)
                 sent += 1
                 while not reader.empty() or sent - acknowledged >= WINDOW:
                     answer = await asyncio.wait_for(reader.get(), 60.0)
@@ -183,6 +231,7 @@ class Served:
                 old.held.discard(token)
             if (close := getattr(frames, "aclose", None)) is not None:
                 await close()
+        return frame
 
     async def fence(self, deadline_s: float = 30.0, keep_instance: bool = False) -> bool:
         """Unsubscribe, and let what was delivered be answered. With `keep_instance` the instance's own subjects stay open

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from kernelm_contracts.admission import ms_since, require_served, require_texts
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Label, ServedModel, Server
 from kernelm_contracts.texts import Dataset, check_private, log_softmax, read_dataset, score
 from kernelm_contracts.trainer import Algorithm, ModelCard, ModelTrained, Structure, Trained, Trainer, TrainRequest
@@ -51,7 +52,7 @@ class Training:
         folder = _emptied(self.job.scratch / "checkpoint")
         # safetensors writes the memory as it lies, and scikit-learn's arrays may lie in Fortran order
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, folder / CHECKPOINT)
-        self.job.wait(self.job.save(folder))
+        self.job.wait(self.job.save(folder, passing=True))
         self._saved_at = time.monotonic()
 
     def write(self, file: str, **tensors: Array) -> None:
@@ -140,22 +141,17 @@ class TextServer(Plugin, Server):
         return (self.settings.model.name,) if self.settings.model else ()
 
     async def classify(self, request: ClassifyRequest, call: Call) -> ClassifyReply:
-        began, model = time.perf_counter(), self.settings.model
-        asked = call.model or request.model
-        if model is None or (asked and asked != model.name):
-            served = repr(model.name) if model else "none"
-            raise ClientFault("unknown_model", f"model {asked!r} is not served here, but {served}", "kernelm model list")
-        if request.at_least > model.generation:
-            raise ClientFault("stale_generation", f"{model.name!r} is at generation {model.generation}, older than `at_least`",
-                              "call again: the route may be on its way", retriable=True)  # fmt: skip
-        if not request.input or request.top < 0:
-            raise ClientFault("invalid", f"{len(request.input)} texts, `top` {request.top}", "at least one text; `top` 0 for all")
+        began = time.perf_counter()
+        model = require_served(self.settings.model, request, call, self.context.pool)
+        require_texts(request.input)
+        if request.top < 0:
+            raise ClientFault("invalid", f"`top` is {request.top}", "ask for the best 1 or more labels, or 0 for all")
         async with self._turn:
             logits, tokens = await asyncio.to_thread(self.answer, request.input)
         scores = np.exp(log_softmax(logits))
         best = np.argsort(-scores, axis=1, kind="stable")[:, : request.top or None]
         rows = tuple(tuple(Label(self.card.labels[k], float(row[k])) for k in ks) for row, ks in zip(scores, best, strict=True))
-        return ClassifyReply(model.name, model.generation, model.artifact, rows, tokens, (time.perf_counter() - began) * 1e3)
+        return ClassifyReply(model.name, model.generation, model.artifact, rows, tokens, ms_since(began))
 
 
 def read_card(folder: Path) -> ModelCard:

@@ -87,7 +87,7 @@ class CleanStep(Struct, frozen=True, forbid_unknown_fields=True):
 class Filter(Struct, frozen=True, forbid_unknown_fields=True):
     """One rule that drops documents; the thresholds of its source hold where `settings` names none."""
 
-    # "language" (keep: "en,zh", confidence), "gopher-quality", "gopher-repetition", "c4", "fineweb", or "python" (file, function)
+    # "language" (keep: "en,zh", confidence), "gopher-quality", "gopher-repetition", "c4", "fineweb"; one's own functions are hooks
     use: str
     settings: dict[str, float | str] = {}
 
@@ -100,7 +100,7 @@ class Pack(Struct, frozen=True, forbid_unknown_fields=True):
 class Train(Struct, frozen=True, forbid_unknown_fields=True):
     """A new tokenizer, trained on this corpus."""
 
-    kind: str = ""  # "bpe" (byte-level), "wordpiece"; "" for none
+    kind: str = ""  # "bpe" (byte-level), "bpe-characters", "wordpiece"; "" for none
     vocabulary: int = 32000  # tokens
     sample_mb: float = 64.0  # MB of text it is trained on
 
@@ -140,7 +140,7 @@ class PrepareRequest(Struct, frozen=True, forbid_unknown_fields=True):
     pack: Pack = Pack()
     store: Store = Store()
     limits: Limits = Limits()
-    engine: str = "local"  # "local": processes of this machine
+    engine: str = "local"  # "local": processes of this machine; "ray": a Ray cluster, see the settings of the data plugin
 
 
 class Step(Struct, frozen=True):
@@ -230,6 +230,7 @@ class RedactState(Struct, frozen=True, forbid_unknown_fields=True):
 
     text: str = ""  # the end of what was given out, then what is held back
     given: int = 0  # characters of `text` that were given out
+    persons: tuple[str, ...] = ()  # parts of names given in full so far, at most 512: alone they are names from then on, not before
 
 
 class RedactPart(Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,15 +9,17 @@ from typing import Any, ClassVar, Literal
 from msgspec import Struct
 
 from kernelm_contracts.scheduler import Share
+from kernelm_contracts.shadows import Compared, ModelShadowed, Shadow, ShadowRequest
+from kernelm_contracts.usage import UsageQuery, UsageReport
 from kernelm_sdk.contract import Contract, streamed, unary
 from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.events import Event
-from kernelm_sdk.system import Progress, Resources
+from kernelm_sdk.system import Empty, Progress, Resources
 
 JobState = Literal["queued", "placed", "running", "done", "dead", "cancelled"]
 
 
-class JobSpec(Struct, frozen=True):
+class JobSpec(Struct, frozen=True, gc=False):
     """What to do: a job method of a contract with its request, or (kind "replica") a pool to keep running."""
 
     name: str
@@ -37,7 +39,7 @@ class JobSpec(Struct, frozen=True):
     gang: int = 1  # instances that work on it together, all of them or none; each gets `resources`
 
 
-class JobRecord(Struct, frozen=True):
+class JobRecord(Struct, frozen=True, gc=False):
     """The only truth about a job, in KV `jobs`. All writes are compare-and-set."""
 
     id: str
@@ -68,6 +70,7 @@ class JobRecord(Struct, frozen=True):
     gang: tuple[str, ...] = ()  # its instances by rank, where there are several; `instance` is the first
     meeting: str = ""  # the address at which rank 0 is met
     rates: dict[str, float] = {}  # members -> part of the work that was done per second with so many
+    trace: str = ""  # W3C `traceparent` of who submitted it
 
 
 class StageSpec(Struct, frozen=True, forbid_unknown_fields=True, rename={"with_": "with"}):
@@ -101,6 +104,7 @@ class RunRecord(Struct, frozen=True):
     fault: FaultBody | None = None
     submitted: float = 0.0
     finished: float = 0.0
+    trace: str = ""  # W3C `traceparent` of who submitted it
 
 
 class RunView(Struct, frozen=True):
@@ -109,6 +113,13 @@ class RunView(Struct, frozen=True):
 
 
 DEPLOY = "deploy"  # what such a stage `uses`: it is no job method, the job table itself carries it out
+
+
+class KnownAnswer(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a good model answers to a text."""
+
+    text: str  # to classify; for a model that generates, the prompt
+    expect: str  # the best label; or what the answer contains, at temperature 0
 
 
 class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,6 +141,9 @@ class DeployRequest(Struct, frozen=True, forbid_unknown_fields=True):
     maximum: int = 0  # instances at most, by load; 0 for always `instances`
     objective_ms: float = 0.0  # p99 wanted, to which the load is scaled; 0 for none
     idle_s: float = 0.0  # without a call for so long it goes to `minimum` 0; 0 for as the scheduler is set
+    checks: tuple[KnownAnswer, ...] = ()  # asked of the new model before it gets any call
+    quality: float = 1.0  # share of the checks that must come out as expected, or else the model before serves on
+    settings: dict[str, Any] = {}  # of the plugin, beside `model`: as its README lists them
 
 
 class Deployed(Struct, frozen=True):
@@ -167,6 +181,13 @@ class Deployment(Struct, frozen=True):
     replicas: int = 1  # instances wanted
     scaled: float = 0.0  # Unix seconds of the last change of `replicas`
     why: str = ""  # of that change
+
+
+class Undeploy(Struct, frozen=True):
+    """Take a deployment away."""
+
+    name: str
+    why: str = ""  # for the record
 
 
 class RollbackDeployment(Struct, frozen=True):
@@ -210,10 +231,14 @@ class JobQuery(Struct, frozen=True):
     state: str = ""  # "" for all
     run: str = ""
     limit: int = 100
+    known: dict[str, float] = {}  # job -> `heard` as the caller knows it: those that are over or were heard of since, no others
+    wait_s: float = 0.0  # so long the answer may wait for the first of them, up to 20
+    tenant: str = ""  # "" for all
 
 
 class JobList(Struct, frozen=True):
     jobs: tuple[JobRecord, ...]
+    total: int = 0  # that there are, also beyond `limit`
 
 
 class JobChanged(Event, frozen=True):
@@ -278,7 +303,7 @@ class ModelScaled(Event, frozen=True):
 class Jobs(Contract, name="jobs", major=1):
     """The job table: takes runs and jobs, asks the scheduler, checks its decisions, dispatches, fences."""
 
-    events = (JobChanged, JobProgress, RunFinished, ModelDeployed, ModelScaled)
+    events = (JobChanged, JobProgress, RunFinished, ModelDeployed, ModelScaled, ModelShadowed)
 
     @unary
     async def submit_run(self, request: RunSpec, call: Any) -> RunRecord:
@@ -333,4 +358,25 @@ class Jobs(Contract, name="jobs", major=1):
     @unary
     async def rollback(self, request: RollbackDeployment, call: Any) -> JobRecord:
         """A replica that brings back the model that a deployment served before."""
+        ...
+
+    @unary
+    async def undeploy(self, request: Undeploy, call: Any) -> Deployment:
+        """Take a deployment away: its calls that are under way are answered, later ones are refused, and what it held is free. Its
+        last record."""
+        ...
+
+    @unary
+    async def shadow(self, request: ShadowRequest, call: Any) -> Shadow:
+        """Have a deployment answer copies of another one's calls, or end that."""
+        ...
+
+    @unary
+    async def compared(self, request: Compared, call: Any) -> Empty:
+        """What came of copies; said by gateways alone."""
+        ...
+
+    @unary
+    async def usage(self, request: UsageQuery, call: Any) -> UsageReport:
+        """Who used what: calls and tokens of models, and the resources that jobs and deployments held."""
         ...

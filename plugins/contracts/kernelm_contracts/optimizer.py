@@ -1,10 +1,11 @@
 """`optimizer/1`: finds the better model, makes it cheaper, and proves it.
 
-Candidates are trained as jobs of their own (`trainer/1.train`), measured side by side on the server that will serve
-them (`server/1.measure`), and chosen on the validation split. What was not measured is not reported.
+Candidates are given, or found by a search of a space of training requests, whose trials are jobs of their own
+(`trainer/1.train`). They are measured side by side on the server that will serve them (`server/1.measure`), and chosen on the
+validation split. What was not measured is not reported.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from msgspec import Struct
 
@@ -23,13 +24,50 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     train: TrainRequest | None = None
 
 
+Value = str | int | float | bool | tuple[str, ...]
+Objective = Literal["accuracy", "loss", "latency", "size", "memory"]  # the first is to be large, the others small
+
+
+class Dimension(Struct, frozen=True, forbid_unknown_fields=True):
+    """A field of the training request that a search varies: one of `values`, or a number from `low` to `high`."""
+
+    field: str  # of TrainRequest; "a.b" for the field b of its struct a
+    values: tuple[Value, ...] = ()  # in the unit of the field
+    low: float = 0.0  # in the unit of the field
+    high: float = 0.0  # included
+    step: float = 0.0  # between numbers; 0 for any number, or for every whole one
+    log: bool = False  # numbers by their magnitude
+    only: dict[str, tuple[Value, ...]] = {}  # asked for only where each of these fields has one of these values
+
+
+class Search(Struct, frozen=True, forbid_unknown_fields=True):
+    """Trials of a space of training requests. The same request suggests the same trials as long as the same has come of them."""
+
+    train: TrainRequest  # what no dimension says
+    space: tuple[Dimension, ...]
+    sampler: Literal["tpe", "gp", "cmaes", "random", "grid"] = "tpe"
+    pruner: Literal["none", "asha", "hyperband"] = "none"  # by `validation_accuracy`, which a training reports with its `epoch`
+    objectives: tuple[Objective, ...] = ("accuracy",)  # several: the trials of the Pareto front are the finalists
+    trials: int = 20
+    parallel: int = 2  # jobs under way or waiting at the same time
+    finalists: int = 4  # the best so many trials are measured beside the candidates
+    seed: int = 0
+    preemptible: bool = False  # trials make room for any other job, and go on later
+
+
 class OptimizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
     dataset: str  # digest
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]  # may be () where there is a `search`
     budget_s: float = 300.0  # no candidate is started after it; those under way are cancelled, and said to be
     quantize: bool = True  # make an int8 variant of the winner
     max_drop: float = 0.005  # of accuracy, on the validation split; an int8 variant that loses more is not kept
     objective: str = "accuracy"  # "accuracy", "latency" or "size": the last two among candidates within `max_drop` of the best
+    search: Search | None = None  # trials beside the candidates
+    max_latency_ms: float = 0.0  # of one document; 0 for any. What is above any of these limits wins only if all are
+    max_bytes: int = 0  # of the artifact
+    max_memory_mb: float = 0.0  # of the loaded model
+    optimize: Literal["", "auto"] = ""  # "auto": a built-in search beside the defaults, and whether it found better
+    base: str = ""  # digest of an encoder that "auto" may start from
 
 
 class Row(Struct, frozen=True):
@@ -44,12 +82,77 @@ class Row(Struct, frozen=True):
     measurement: Measurement | None = None
 
 
+class Trials(Struct, frozen=True):
+    """What became of a search's trials. Each, with what was drawn and what came of it, is in `trials.json` of the report."""
+
+    done: int
+    pruned: int = 0
+    failed: int = 0
+    late: int = 0  # asked for, and cancelled when the budget was spent
+    front: tuple[str, ...] = ()  # rows that no other measured one beats in all objectives
+
+
+class Verdict(Struct, frozen=True):
+    """Whether a search found better than the defaults, by McNemar's exact test on the test split."""
+
+    default: str  # row
+    better: bool  # significantly, at 0.05
+    difference: float  # accuracy of the winner less that of the default
+    p_value: float  # two-sided
+    text: str  # for people
+
+
 class Optimized(Struct, frozen=True):
     model: str  # digest of the winner
     winner: str
     rows: tuple[Row, ...]
     test: Scores | None  # of the winner, looked at once, after the choice
     report: str = ""  # digest of an artifact of kind "report": report.md, report.json, report.png
+    took_s: float = 0.0
+    trials: Trials | None = None  # of a search
+    verdict: Verdict | None = None  # of "auto"
+
+
+class Prune(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which shares of a model go, 0 to less than 1: what did least on documents of the train split."""
+
+    layers: float = 0.0  # share of the layers
+    heads: float = 0.0  # share of each layer's attention, with the keys and values that they share; not of BERT-like models
+    width: float = 0.0  # share of the inner units of each layer's feed-forward part
+
+
+class CompressRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """A smaller model out of one of structure "causal-lm" or, by "prune" and "distill", "encoder"."""
+
+    model: str  # digest
+    dataset: str  # digest: trained on its train split, measured on its validation split
+    method: Literal["int8", "int4", "prune", "distill", "gguf"]  # "gguf": a file for llama.cpp with weights of 8 bits
+    prune: Prune = Prune()
+    train: TrainRequest | None = None  # how a pruned model recovers (None: not at all), how a student learns; as it is for
+    # "distill" it names the student, by `base` or `architecture`. Dataset, structure, and base or teacher are filled in
+    budget_s: float = 3600.0  # that the trainings may take
+    rounds: int = 5  # of the measurement of a causal model, in which both take turns
+
+
+class Change(Struct, frozen=True):
+    """What a model lost or won, on the same documents."""
+
+    figure: Literal["accuracy", "loss"]  # of classifiers, of causal models (mean nats a token)
+    difference: float  # after less before, in the unit of the figure
+    low: float  # 95% interval of it, by paired bootstrap over the documents
+    high: float  # likewise
+    significant: bool  # at 0.05: McNemar's exact test of classifiers; of causal models whether the interval is off 0
+    text: str  # for people
+
+
+class Compressed(Struct, frozen=True):
+    model: str  # digest, whose card has all of this
+    method: str
+    before: Measurement  # of causal models `latency_ms` is that of a token of an answer, `throughput` tokens/s of reading
+    after: Measurement  # measured in turns with it; of a GGUF as transformers reads it, in bfloat16: its time is not llama.cpp's
+    change: Change
+    without: Measurement | None = None  # the pruned model before its recovery; the student trained alike without a teacher
+    gain: Change | None = None  # of `after` over that one
     took_s: float = 0.0
 
 
@@ -71,4 +174,10 @@ class Optimizer(Contract, name="optimizer", major=1):
     @job
     async def optimize(self, request: OptimizeRequest, job: Job) -> Optimized:
         """Train what is not yet trained, measure all in one interleaved run, choose, quantize, report."""
+        ...
+
+    @job
+    async def compress(self, request: CompressRequest, job: Job) -> Compressed:
+        """Make one model smaller by one method, and measure it beside what it was made from. ClientFault `invalid`,
+        `invalid_model` (it can't be compressed so) or `budget_too_small`."""
         ...

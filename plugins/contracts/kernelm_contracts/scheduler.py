@@ -16,7 +16,7 @@ from kernelm_sdk.system import Resources
 Action = Literal["place", "wait", "reject", "preempt", "migrate", "resize", "scale"]
 
 
-class Devices(Struct, frozen=True):
+class Devices(Struct, frozen=True, gc=False):
     """The accelerators of one type on a node; `Resources.gpus` counts them over all types."""
 
     type: str  # "a100"; "" for any
@@ -26,7 +26,7 @@ class Devices(Struct, frozen=True):
     link: str = ""  # nodes of one name are joined by a fast link (NVLink domain, InfiniBand leaf)
 
 
-class NodeState(Struct, frozen=True):
+class NodeState(Struct, frozen=True, gc=False):
     name: str
     capacity: Resources
     free: Resources  # capacity less what the placed and running jobs have requested
@@ -36,7 +36,7 @@ class NodeState(Struct, frozen=True):
     models: tuple[str, ...] = ()  # digests that are loaded here
 
 
-class Point(Struct, frozen=True, array_like=True):
+class Point(Struct, frozen=True, array_like=True, gc=False):
     """One point of a speed-up curve: `[members, speed]` in JSON."""
 
     members: int
@@ -46,14 +46,14 @@ class Point(Struct, frozen=True, array_like=True):
         return iter((self.members, self.speed))
 
 
-class Speed(Struct, frozen=True):
+class Speed(Struct, frozen=True, gc=False):
     """How fast a job gets on with devices of one type, as measured or estimated last: its goodput (Pollux, OSDI 2021)."""
 
     type: str  # of the devices; "" for a job that needs none, or any type
     points: tuple[Point, ...]  # by members; between them linear, beyond the last flat
 
 
-class Share(Struct, frozen=True):
+class Share(Struct, frozen=True, gc=False):
     """A part of an allocation."""
 
     node: str
@@ -61,7 +61,7 @@ class Share(Struct, frozen=True):
     type: str = ""  # of the devices
 
 
-class PendingJob(Struct, frozen=True):
+class PendingJob(Struct, frozen=True, gc=False):
     id: str
     name: str
     request: Resources  # of one member
@@ -89,7 +89,7 @@ class PendingJob(Struct, frozen=True):
     model: str = ""  # the served model of which it is a replica
 
 
-class PlacedJob(Struct, frozen=True):
+class PlacedJob(Struct, frozen=True, gc=False):
     id: str
     node: str  # of its first member
     request: Resources  # of one member
@@ -123,7 +123,7 @@ class PlacedJob(Struct, frozen=True):
     leaving: bool = False  # it was told to stop: what it holds will be free soon
 
 
-class Tenant(Struct, frozen=True):
+class Tenant(Struct, frozen=True, gc=False):
     """A tenant's quota, as a ClusterQueue of Kueue. `None` is no limit."""
 
     name: str
@@ -134,7 +134,7 @@ class Tenant(Struct, frozen=True):
     cohort: str = ""  # tenants of one name lend to each other; "" for none: it holds `nominal` at most
 
 
-class ModelState(Struct, frozen=True):
+class ModelState(Struct, frozen=True, gc=False):
     """A served model and its load."""
 
     name: str
@@ -160,7 +160,7 @@ class ModelState(Struct, frozen=True):
     zero_after_s: float = 0.0  # without a call for so long it goes to zero, where `minimum` is; 0 for as the scheduler is set
 
 
-class ClusterState(Struct, frozen=True):
+class ClusterState(Struct, frozen=True, gc=False):
     version: int  # grows with every change; a decision names the version it was made on
     now: float
     nodes: tuple[NodeState, ...]
@@ -173,7 +173,7 @@ class ClusterState(Struct, frozen=True):
     source: str = ""  # who numbers the versions; deltas are of the same source
 
 
-class ClusterDelta(Struct, frozen=True):
+class ClusterDelta(Struct, frozen=True, gc=False):
     """What a state has that the one of version `base` has not. A job is pending or placed: the newest entry counts."""
 
     source: str
@@ -193,7 +193,7 @@ class ClusterDelta(Struct, frozen=True):
     more: bool = False  # another part follows: no decisions yet
 
 
-class Decision(Struct, frozen=True):
+class Decision(Struct, frozen=True, gc=False):
     job: str  # for "scale" a model's name
     action: Action
     node: str = ""  # of the first member
@@ -205,7 +205,7 @@ class Decision(Struct, frozen=True):
     remedy: str = ""  # wait: what would start it
 
 
-class Decisions(Struct, frozen=True):
+class Decisions(Struct, frozen=True, gc=False):
     version: int  # of the state that was decided on
     decisions: tuple[Decision, ...]
 

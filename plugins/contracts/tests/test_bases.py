@@ -51,6 +51,8 @@ async def test_a_trainer_takes_what_it_can_do_and_goes_on_where_it_stopped(stand
     whole = await train()
     checkpoints = [r.checkpoint for _, r in whole.reports if r.checkpoint]
     assert len(checkpoints) == 3, "one an epoch, since no time has to pass between two"
+    stored = [await stand.bus().call(Artifacts.describe, ArtifactName(digest)) for digest in checkpoints]
+    assert all(artifact.metadata["passing"] for artifact in stored), "each is of use until the next one"
     resumed = await train(checkpoints[1])
     assert len([r for _, r in resumed.reports if r.checkpoint]) == 1, "one epoch was left"
     models = [await stand.bus().call(Artifacts.open, ArtifactName(a.final.result["model"])) for a in (whole, resumed)]
@@ -65,7 +67,7 @@ async def test_a_server_without_a_model_and_one_with_another_s(stand: Stand, tmp
     idle = await stand.start(subject, {})
     await idle.ready()
     asked = await idle.wire.ask(idle.wire.subject("server/1", "classify"), {"input": ["a"]})
-    assert (asked.fault.code, "but none" in asked.fault.message) == ("unknown_model", True)
+    assert (asked.fault.code, "serves none" in asked.fault.message) == ("unknown_model", True)
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
     card = tmp_path / "model" / "model.json"

@@ -99,7 +99,7 @@ def _redact_part(request: RedactPart, key: bytes) -> RedactedPart:
     state = request.state
     if request.private.style == "number" or not 0 <= state.given <= len(state.text):
         raise ClientFault("invalid", "redact-part: style 'number', or a state that was not given", "give the state back as it came")
-    redactor = Screen(_redacting(request.private), key).stream((state.text, state.given))
+    redactor = Screen(_redacting(request.private), key).stream((state.text, state.given, state.persons))
     text = redactor.feed(request.text) + (redactor.close() if request.last else "")
     return RedactedPart(text, RedactState(*redactor.state), dict(sorted(redactor.found.items())))
 

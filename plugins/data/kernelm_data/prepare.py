@@ -24,6 +24,7 @@ from kernelm_data.write import Dataset, Row, write
 from kernelm_sdk.errors import ClientFault
 
 QUANTILES = (5, 25, 50, 75, 95, 100)  # percent
+CORPUS = ("inputs", "steps", "filters", "against", "test_sets", "contamination_words", "train", "pack", "store", "limits", "engine")
 SPANS = {"read": (0.0, 0.1), "clean": (0.1, 0.22), "private": (0.22, 0.25), "deduplicate": (0.25, 0.45), "check": (0.45, 0.55),
          "tokenize": (0.55, 0.9)}  # fmt: skip - measured shares of the time
 
@@ -44,6 +45,11 @@ def check_request(request: PrepareRequest) -> None:
             for part in field.split("."):
                 value = value[part]
             raise ClientFault("invalid", f"{field}: {value!r} makes no sense", f"give {wanted}")
+    default = PrepareRequest("")
+    for field in CORPUS:
+        if getattr(request, field) != getattr(default, field):
+            raise ClientFault("invalid", f'{field}: format "folders" knows no such thing',
+                              'leave it out, or give another format, such as "auto", which makes a corpus')
     bands(request.deduplicate.jaccard, request.deduplicate.permutations)
     shares(request.split)
     find_reader(request.format)

@@ -11,6 +11,8 @@ MIN_KEY_BYTES = 16
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     private_key_file: str = ""  # path of a file with a secret of 16 bytes or more, under which private data are hashed
+    ray_address: str = ""  # of the Ray cluster for requests whose engine is "ray", such as "10.0.0.1:6379"; "": there is none
+    shared_folder: str = ""  # for the work of those: a folder that all of Ray's nodes see under this path
     urls: tuple[str, ...] = ()  # prefixes of local paths and URLs that requests may name as inputs
 
 

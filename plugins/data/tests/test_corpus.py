@@ -6,7 +6,9 @@ import os
 import random
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import ftfy.badness
 import msgspec
@@ -34,6 +36,7 @@ from kernelm_contracts.data import (
     Tokenize,
     Train,
 )
+from kernelm_contracts.splits import files
 from kernelm_data.clean import MOJIBAKE
 from kernelm_data.clean import cleaner as reference_cleaner
 from kernelm_data.corpus.cleaning import SPECIAL, as_steps, cleaner, fix_mojibake
@@ -42,8 +45,8 @@ from kernelm_data.corpus.kernels import adjacent
 from kernelm_data.corpus.pipeline import Sources, prepare
 from kernelm_data.corpus.plan import check_request
 from kernelm_data.corpus.quality import Measured, rules
-from kernelm_data.corpus.store import Rows, parquet_files
-from kernelm_data.corpus.tokenizing import Encoder, Packer, same_ids
+from kernelm_data.corpus.store import Rows
+from kernelm_data.corpus.tokenizing import Packer, examine, load
 from kernelm_sdk.errors import ClientFault
 
 PIECES = [
@@ -120,7 +123,7 @@ def test_no_mojibake_is_passed_over():
         text = "".join(
             dice.choice(special) if dice.random() < 0.35 else dice.choice("aB .\n1-\u00e9\u4e2d\u0416") for _ in range(6)
         )
-        if not adjacent(np.frombuffer(text.encode(), np.uint8), SPECIAL):
+        if adjacent(np.frombuffer(text.encode(), np.uint8), SPECIAL, 0) < 0:
             passed += 1
             assert not ftfy.badness.is_bad(text)
             assert ftfy.fix_text(text, MOJIBAKE) == text
@@ -247,6 +250,9 @@ def test_card_manifest_and_files_agree(corpus):
     for before, after in zip(card.steps, card.steps[1:], strict=False):
         assert before.documents_out == after.documents_in
     assert card.steps[-1].documents_out == total
+    assert "(account.svg)" in (out / "card.md").read_text()
+    picture = ElementTree.parse(out / "account.svg").getroot()
+    assert sum(element.tag.endswith("rect") for element in picture.iter()) == 1 + 2 * len(card.steps)
     assert "by browser" not in (out / "report.html").read_text()
     assert "near duplicate" in (out / "report.html").read_text()
 
@@ -260,7 +266,7 @@ def test_packed_ids_are_those_of_hugging_face(corpus):
     _, out = corpus
     reference = Tokenizer.from_file(str(out / "tokenizer.json"))
     end = reference.token_to_id("<|endoftext|>")
-    assert same_ids(out / "tokenizer.json", [])[0]
+    assert examine(reference, out / "tokenizer.json", [])[0].fast
     path = sorted((out / "train").glob("*.parquet"))[0]
     texts = pq.read_table(path)["text"].to_pylist()
     packed = pq.read_table(out / "packed" / "train" / path.name).to_pylist()
@@ -290,13 +296,21 @@ def test_ids_with_special_tokens_are_those_of_hugging_face(run, source, tokenize
 @settings(max_examples=100, deadline=None)
 def test_packing_loses_nothing(documents, length):
     packer = Packer(length, 0)
-    sequences = []
-    for document in documents:
-        sequences += list(packer.add(np.array([0, len(document)]), np.array(document, np.int32)))
-    if (rest := packer.rest()) is not None:
-        sequences.append(rest)
-    assert [int(i) for ids, _ in sequences for i in ids] == [i for document in documents for i in [*document, 0]]
-    assert sum(len(starts) for _, starts in sequences) == len(documents)
+    half = len(documents) // 2
+    found = []
+    for part in (documents[:half], documents[half:]):
+        offsets = np.cumsum([0, *map(len, part)])
+        found.append(packer.add(offsets, np.array([i for document in part for i in document], np.int32)))
+    found.append(packer.rest())
+    assert not len(packer.rest().ids)
+    sequences = [s.ids[low:high].tolist() for s in found for low, high in pairwise(s.id_offsets)]
+    starts = [s.starts[low:high].tolist() for s in found for low, high in pairwise(s.start_offsets)]
+    expected = [i for document in documents for i in [*document, 0]]
+    assert [i for ids in sequences for i in ids] == expected
+    assert all(len(ids) == length for ids in sequences[:-1])
+    begins = [0, *(i + 1 for i, id in enumerate(expected) if id == 0)][: len(documents)]
+    assert [n * length + s for n, of in enumerate(starts) for s in of] == begins
+    assert all(0 <= s < len(ids) for of, ids in zip(starts, sequences, strict=True) for s in of)
 
 
 def test_same_inputs_same_bytes_with_any_number_of_workers(run, source):
@@ -455,7 +469,7 @@ def test_resumes_after_kill_without_redoing_finished_shards(source, tmp_path):
 
 def test_random_access_reads_one_row_group(corpus):
     stored = Rows(corpus[1], "train", ["id"])
-    every = [id for path in parquet_files(corpus[1], ("train",)) for id in pq.read_table(path, columns=["id"])["id"].to_pylist()]
+    every = [id for path in files(corpus[1], "train") for id in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     for i in (len(stored) - 1, 0, len(stored) // 2):
         assert stored[i] == {"id": every[i]}
     with pytest.raises(IndexError):
@@ -463,10 +477,11 @@ def test_random_access_reads_one_row_group(corpus):
 
 
 def test_gigatoken_is_not_taken_where_it_differs(tokenizer):
-    same, why = same_ids(tokenizer / "tokenizer.json", [b"some text"])
-    assert not same  # it knows no WordPiece
+    path = tokenizer / "tokenizer.json"
+    facts, why = examine(load(path), path, [b"some text"])
+    assert not facts.fast  # it knows no WordPiece
     assert why
-    assert Encoder(tokenizer / "tokenizer.json", fast=False).special == 2
+    assert (len(facts.prefix), len(facts.suffix)) == (1, 1)
 
 
 def test_urls_are_granted_by_prefix(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import multiprocessing
 import tarfile
 import zipfile
 from pathlib import Path
@@ -207,13 +208,21 @@ def test_nothing_to_read(corpus, tmp_path):
     assert caught.value.code == "empty_source"
 
 
-def test_a_document_whose_parser_kills_the_process(corpus, tmp_path, monkeypatch):
+def _killing(folder: Path, tmp: Path, answer) -> None:
+    request = PrepareRequest("sha256:x", "auto", split=NOTHING, max_broken=1.0, store=Store(shard_mb=0.0002))
+    (tmp / "out").mkdir()
+    sources = Sources((Input(artifact="sha256:x"),), (folder,))
+    card = prepare(sources, request, tmp / "work", tmp / "out", lambda *_: None, workers=2)
+    answer.put((read(card), sorted(row["id"] for row in map(Rows(tmp / "out").__getitem__, range(5)))))
+
+
+def test_a_document_whose_parser_kills_the_process(tmp_path, monkeypatch):
     folder = tmp_path / "source"
     folder.mkdir()
     for n in range(6):
         (folder / f"{n}.html").write_text(f"<html><body><p>{text(n)}</p></body></html>")
     (folder / "3.html").write_text("<html><body><p>the page of death, " + text(3) + "</p></body></html>")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # workers are processes of their own
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of workers, and so of the server that they are forked from
     (tmp_path / "sitecustomize.py").write_text(
         "import os, resiliparse.parse.html as html\n"
         "class Tree:\n"
@@ -223,10 +232,16 @@ def test_a_document_whose_parser_kills_the_process(corpus, tmp_path, monkeypatch
         "        return real.parse(text)\n"
         "real, html.HTMLTree = html.HTMLTree, Tree\n"
     )
-    card, rows, lost = corpus(folder, workers=2, store=Store(shard_mb=0.0002))
-    assert read(card) == {"kills its parser": 1}
-    assert sorted(rows) == ["0.html", "1.html", "2.html", "4.html", "5.html"]
-    assert lost["3.html"]["step"] == "read"
+    spawn = multiprocessing.get_context("spawn")
+    answer = spawn.Queue()
+    process = spawn.Process(target=_killing, args=(folder, tmp_path, answer))
+    process.start()
+    reasons, ids = answer.get(timeout=240)
+    process.join()
+    assert reasons == {"kills its parser": 1}
+    assert ids == ["0.html", "1.html", "2.html", "4.html", "5.html"]
+    lost = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["step"]) for line in lost] == [("3.html", "read")]
 
 
 @pytest.mark.slow

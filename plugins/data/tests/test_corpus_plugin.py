@@ -1,10 +1,10 @@
 """A corpus job in the plugin, over a context whose store is a folder."""
 
-
 import pytest
 
-from kernelm_contracts.data import Input, PrepareRequest, Split, Store
+from kernelm_contracts.data import Clean, Input, PrepareRequest, Private, Split, Store
 from kernelm_data.corpus import pipeline
+from kernelm_data.corpus.store import Rows
 from kernelm_data.plugin import DataPlugin
 from kernelm_data.settings import DataSettings
 from kernelm_sdk.errors import ClientFault
@@ -31,13 +31,13 @@ async def test_goes_on_from_its_checkpoints_and_redoes_nothing(context, monkeypa
     assert context.lineage[done.dataset] == {"job": "j1", "source": "sha256:s"}
 
     redone: list[int] = []
-    run = pipeline.pool.run
+    run = pipeline.pool.Crew.run
 
-    def watched(task, path, shards, *rest):
+    def watched(self, task, path, shards, *rest):
         redone.extend(shard[0] for shard in shards)
-        return run(task, path, shards, *rest)
+        return run(self, task, path, shards, *rest)
 
-    monkeypatch.setattr(pipeline.pool, "run", watched)
+    monkeypatch.setattr(pipeline.pool.Crew, "run", watched)
     again = await plugin.prepare(request, Job(context, "jobs", "j1", 2, checkpoint=checkpoints[2]))
     assert again.card == done.card
     names = {p.relative_to(context.folders[done.dataset]) for p in context.folders[done.dataset].rglob("*.parquet")}
@@ -53,3 +53,30 @@ async def test_a_url_that_is_not_granted_is_refused(context, source):
     assert caught.value.code == "not_granted"
     granted = DataPlugin(context, DataSettings(urls=(str(source.parent),)))
     assert (await granted.prepare(request, Job(context, "jobs", "j2", 1))).documents == 30
+
+
+async def test_hashes_of_private_values_are_made_with_the_key_of_the_settings(context, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.shutil, "rmtree", lambda *_, **__: None)  # what lay in the work folder can be looked at
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.txt").write_text(f"Letter {n}: write to jane.roe@example.org about the {('harvest', 'rain', 'snow')[n]}.")
+    context.folders["sha256:letters"] = folder
+    request = PrepareRequest("sha256:letters", "auto", private=Private(style="hash"), clean=Clean(), split=Split(0, 0))
+    found = []
+    for key in (b"a key of sixteen bytes or more", b"another key of as many bytes.."):
+        (tmp_path / "key").write_bytes(key)
+        plugin = DataPlugin(context, DataSettings(str(tmp_path / "key")))
+        job = Job(context, "jobs", f"h{len(found)}", 1)
+        done = await plugin.prepare(request, job)
+        rows = Rows(context.folders[done.dataset])
+        placeholders = {rows[i]["text"].split()[4] for i in range(3)}
+        assert len(placeholders) == 1
+        found.append(placeholders.pop())
+        holding = [path for path in context.folders[done.dataset].rglob("*") if path.is_file() and key in path.read_bytes()]
+        assert holding == []
+        plans = [path for path in job.scratch.rglob("*.msgpack") if key in path.read_bytes()]
+        assert plans
+        assert all(path.stat().st_mode & 0o077 == 0 for path in plans)
+    assert found[0].startswith("[EMAIL:")
+    assert found[0] != found[1]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernelm_contracts.server import Entity
 from kernelm_encoder.model import Array, Document, Model, Output
 from kernelm_encoder.settings import Settings
 from kernelm_sdk.errors import ClientFault, Fault, PluginFault
@@ -37,6 +38,7 @@ class _Request:
         self.next: Document | None = None  # texts[taken], once it is tokenized
         self.logits: list[Array] = []  # a text each
         self.embeddings: list[Array] = []
+        self.entities: list[tuple[Entity, ...]] = []
         self.future: Future[Answer] = Future()
 
     @property
@@ -47,14 +49,16 @@ class _Request:
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(fault)
 
-    def add(self, logits: Array, embedding: Array | None) -> None:
-        self.logits.append(logits)
-        if embedding is not None:
-            self.embeddings.append(embedding)
+    def add(self, output: Output, row: int) -> None:
+        self.logits.append(output.logits[row])
+        if output.embeddings is not None:
+            self.embeddings.append(output.embeddings[row])
+        if output.entities:
+            self.entities.append(output.entities[row])
         complete = len(self.logits) == len(self.texts)
         if complete and not self.future.done() and self.future.set_running_or_notify_cancel():
-            output = Output(np.stack(self.logits), np.stack(self.embeddings) if self.embeddings else None)
-            self.future.set_result(Answer(output, self.tokens))
+            whole = Output(np.stack(self.logits), np.stack(self.embeddings) if self.embeddings else None, self.entities)
+            self.future.set_result(Answer(whole, self.tokens))
 
 
 class Batcher:
@@ -154,7 +158,7 @@ class Batcher:
         spent = (perf_counter() - started) * 1e3 / padded
         self._ms_per_token += (spent - self._ms_per_token) * (SMOOTHING if self._ms_per_token else 1.0)
         for row, (request, _) in enumerate(batch):
-            request.add(output.logits[row], None if output.embeddings is None else output.embeddings[row])
+            request.add(output, row)
 
     def _fail(self, requests: list[_Request], what: str, error: Exception) -> None:
         self._log.error("%s", what, exc_info=error)

@@ -146,4 +146,5 @@ def score(corpus: Corpus, logits: Any) -> Scores:
                          "support": float(support[i])} for i, label in enumerate(corpus.labels)}  # fmt: skip
     confusion = tuple(map(tuple, confusion_matrix(truth, predicted, labels=columns).tolist()))
     return Scores(corpus.split, len(truth), float(accuracy_score(truth, predicted)), float(recall.mean()),
-                  float(f1.mean()), float(loss), per_label, confusion)  # fmt: skip
+                  float(f1.mean()), float(loss), per_label, confusion,
+                  right=f"{int(''.join('01'[hit] for hit in (predicted == truth).astype(int)), 2):x}")  # fmt: skip

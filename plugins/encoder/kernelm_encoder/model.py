@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kernelm_contracts.server import Entity
 from kernelm_contracts.trainer import ModelCard
 from kernelm_sdk.errors import ClientFault
 
@@ -33,8 +34,9 @@ class Document(NamedTuple):
 class Output(NamedTuple):
     """What a model says of a batch, a document a row."""
 
-    logits: Array  # [documents, labels]
-    embeddings: Array | None  # [documents, hidden], mean-pooled, not normalized; None where the model has none
+    logits: Array  # [documents, labels]; no labels for "sentence-embedding" and "token-classification"
+    embeddings: Array | None = None  # [documents, hidden], mean-pooled, not normalized; None where the model has none
+    entities: Sequence[tuple[Entity, ...]] = ()  # of each document, where the model extracts
 
 
 class Model(Protocol):
@@ -42,6 +44,7 @@ class Model(Protocol):
 
     card: ModelCard
     embeds: bool  # `run` gives embeddings
+    extracts: bool  # `run` gives entities
     size: int  # bytes of the artifact on disk
 
     @classmethod
@@ -54,7 +57,7 @@ class Model(Protocol):
         ...
 
     def run(self, documents: Sequence[Document]) -> Output:
-        """Logits, and embeddings where there are some, for at least one document."""
+        """What the model says of at least one document."""
         ...
 
 
@@ -83,6 +86,10 @@ def _implementation(card: ModelCard) -> type[Model]:
         from kernelm_encoder.onnx_encoder import OnnxEncoder
 
         return OnnxEncoder
+    if card.structure == "token-classification":
+        from kernelm_encoder.torch_tagger import TorchTagger
+
+        return TorchTagger
     from kernelm_encoder.torch_encoder import TorchEncoder
 
     return TorchEncoder
@@ -100,7 +107,7 @@ def read_card(folder: Path) -> ModelCard:
         card = msgspec.json.decode(path.read_bytes(), type=ModelCard)
     except (OSError, msgspec.DecodeError) as error:
         raise invalid_model(path, str(error)) from None
-    if len(set(card.labels)) != len(card.labels) or len(card.labels) < 2:
+    if (len(set(card.labels)) != len(card.labels) or len(card.labels) < 2) and card.structure != "sentence-embedding":
         raise invalid_model(path, f"`labels` must be at least two different names, not {list(card.labels)}")
     if card.structure != "tfidf-linear" and card.max_tokens < 3:
         raise invalid_model(path, f"`max_tokens` is {card.max_tokens}, but an encoder reads at least 3")

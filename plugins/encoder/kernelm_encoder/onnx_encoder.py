@@ -16,6 +16,8 @@ INPUTS = {"input_ids", "attention_mask"}
 class OnnxEncoder:
     """Output `logits`; a graph that also has an output `embeddings` [batch, hidden] can embed."""
 
+    extracts = False
+
     def __init__(self, card: ModelCard, size: int, tokenizer: Tokenizer, session: onnxruntime.InferenceSession) -> None:
         self.card, self.size, self.tokenize = card, size, tokenizer
         self._session = session
@@ -46,6 +48,6 @@ class OnnxEncoder:
 
     def run(self, documents: Sequence[Document]) -> Output:
         """See `Model.run`."""
-        ids, mask = pad(documents)
+        ids, mask = pad([document.features for document in documents])
         logits, *rest = self._session.run(self._outputs, {"input_ids": ids, "attention_mask": mask})
         return Output(logits, rest[0] if rest else None)

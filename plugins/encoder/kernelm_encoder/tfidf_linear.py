@@ -2,7 +2,7 @@
 `TfidfVectorizer(sublinear_tf=True)` computes it, but without loading scikit-learn and SciPy (README.md has figures).
 """
 
-import re
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kernelm_contracts.terms import VIEWS, terms, tokenize
 from kernelm_contracts.trainer import ModelCard
 from kernelm_encoder.model import Array, Document, Output, invalid_model, read_tensors, size_of
-
-WORD = re.compile(r"(?u)\b\w\w+\b")
 
 
 class Terms(NamedTuple):
@@ -28,11 +27,12 @@ class Terms(NamedTuple):
 class TfidfLinear:
     """logits = weight @ x + bias. int8 weights stay int8 in memory: only the rows of a text's terms are widened."""
 
-    embeds = False
+    embeds, extracts = False, False
 
     def __init__(self, card: ModelCard, size: int, vocabulary: dict[str, int], tensors: dict[str, NDArray[Any]]) -> None:
         self.card, self.size = card, size
         self._ngrams: int = card.request["ngrams"]
+        self._views: tuple[str, ...] = tuple(card.request.get("views", ("words",)))
         self._column, self._idf = vocabulary.get, tensors["idf"]
         self._weight = np.ascontiguousarray(tensors["weight"].T)  # [terms, labels]: a term's weights lie together
         self._scale = tensors.get("scale", np.ones(len(card.labels), np.float32))
@@ -44,6 +44,8 @@ class TfidfLinear:
         ngrams = card.request.get("ngrams")
         if not isinstance(ngrams, int) or ngrams < 1:
             raise invalid_model(folder / "model.json", f"`request.ngrams` must be a number from 1, not {ngrams!r}")
+        if not (views := card.request.get("views", ("words",))) or not set(views) <= VIEWS.keys():
+            raise invalid_model(folder / "model.json", f"`request.views` must be of {', '.join(VIEWS)}, not {views!r}")
         vocabulary = _read_vocabulary(folder / "vocabulary.json")
         labels, terms = len(card.labels), len(vocabulary)
         shapes: dict[str, tuple[int | None, ...]] = {"idf": (terms,), "weight": (labels, terms), "bias": (labels,)}
@@ -57,13 +59,18 @@ class TfidfLinear:
 
     def tokenize(self, text: str) -> Document:
         """See `Model.tokenize`. Tokens are words; this structure has no limit to them."""
-        words = WORD.findall(text.lower())
-        terms = (" ".join(words[i : i + n]) for n in range(1, self._ngrams + 1) for i in range(len(words) - n + 1))
-        counts = Counter(column for column in map(self._column, terms) if column is not None)
+        tokens = tokenize(text)
+        views = [self._terms(view) for view in terms(text, self._views, self._ngrams, tokens)]
+        columns, values = (np.concatenate(parts) for parts in zip(*views, strict=True))
+        return Document(len(tokens), Terms(columns, values / np.float32(math.sqrt(len(views)))))
+
+    def _terms(self, found: Sequence[str]) -> Terms:
+        """The known ones of a view's terms."""
+        counts = Counter(column for column in map(self._column, found) if column is not None)
         columns = np.fromiter(counts.keys(), np.int64, len(counts))
         values = (1 + np.log(np.fromiter(counts.values(), np.float32, len(counts)))) * self._idf[columns]
         norm = np.sqrt(values @ values)
-        return Document(len(words), Terms(columns, values / norm if norm else values))
+        return Terms(columns, values / norm if norm else values)
 
     def run(self, documents: Sequence[Document]) -> Output:
         """See `Model.run`. A text without a known term gets the bias."""

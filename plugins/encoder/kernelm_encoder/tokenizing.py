@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
+from kernelm_encoder.entities import Piece
 from kernelm_encoder.model import Document, invalid_model
 
 
@@ -23,16 +25,26 @@ class Tokenizer:
         self._tokenizer.no_padding()  # the file may ask for a fixed length
 
     def __call__(self, text: str) -> Document:
-        ids = self._tokenizer.encode(text).ids
+        """`features` are the token ids."""
+        ids = self.encode(text).ids
         return Document(len(ids), ids)
 
+    def encode(self, text: str) -> Encoding:
+        """The token ids, and where each token lies in the text."""
+        return self._tokenizer.encode(text)
 
-def pad(documents: Sequence[Document]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`input_ids` and `attention_mask` [documents, longest]. The padding is masked, so its id 0 has no influence."""
-    longest = max(document.tokens for document in documents)
-    ids = np.zeros((len(documents), longest), np.int64)
+
+def pieces(encoding: Encoding) -> list[Piece]:
+    """Where each token lies in its text."""
+    return [Piece(-1 if word is None else word, *span) for word, span in zip(encoding.word_ids, encoding.offsets, strict=True)]
+
+
+def pad(texts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`input_ids` and `attention_mask` [texts, longest], of token ids. The padding is masked, so its id 0 has no influence."""
+    longest = max(map(len, texts))
+    ids = np.zeros((len(texts), longest), np.int64)
     mask = np.zeros_like(ids)
-    for row, document in enumerate(documents):
-        ids[row, : document.tokens] = document.features
-        mask[row, : document.tokens] = 1
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        mask[row, : len(text)] = 1
     return ids, mask

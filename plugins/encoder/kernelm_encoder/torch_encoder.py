@@ -1,4 +1,4 @@
-"""An encoder in safetensors with a linear head, by PyTorch and transformers, in fp32 or bf16 as the card says."""
+"""An encoder in safetensors, with a linear head or for embeddings alone, by PyTorch and transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class TorchEncoder:
     """logits = mean @ weight.T + bias; `mean` is that of the last hidden states where the attention mask is 1."""
 
-    embeds = True
+    embeds, extracts = True, False
 
-    def __init__(self, card: ModelCard, size: int, tokenizer: Tokenizer, encoder: Any, head: torch.nn.Linear) -> None:
+    def __init__(self, card: ModelCard, size: int, tokenizer: Tokenizer, encoder: Any, head: torch.nn.Linear | None) -> None:
         self.card, self.size, self.tokenize = card, size, tokenizer
         self._encoder, self._head = encoder, head
 
@@ -27,7 +27,9 @@ class TorchEncoder:
     def load(cls, folder: Path, card: ModelCard, threads: int) -> Self:
         """See `Model.load`. `threads` holds for the whole process."""
         torch.set_num_threads(threads)
-        encoder = _load_encoder(folder, card)
+        encoder = load(transformers.AutoModel, folder, card)
+        if card.structure == "sentence-embedding":
+            return cls(card, size_of(folder), Tokenizer(folder, card.max_tokens), encoder, None)
         tensors = read_tensors(folder / "head.safetensors", {
             "weight": (len(card.labels), encoder.config.hidden_size), "bias": (len(card.labels),),
         })  # fmt: skip
@@ -37,15 +39,17 @@ class TorchEncoder:
 
     def run(self, documents: Sequence[Document]) -> Output:
         """See `Model.run`. Pooling and head compute in float32 whatever the encoder's precision."""
-        ids, mask = (torch.from_numpy(array) for array in pad(documents))
+        ids, mask = (torch.from_numpy(array) for array in pad([document.features for document in documents]))
         with torch.inference_mode():
             hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             weights = mask.unsqueeze(-1).float()
             mean = (hidden * weights).sum(1) / weights.sum(1)
-            return Output(self._head(mean).numpy(), mean.numpy())
+            logits = self._head(mean) if self._head else mean[:, :0]
+            return Output(logits.numpy(), mean.numpy())
 
 
-def _load_encoder(folder: Path, card: ModelCard) -> Any:
+def load(kind: Any, folder: Path, card: ModelCard) -> Any:
+    """The network of a folder, by one of transformers' Auto classes."""
     if card.precision not in DTYPES:
         raise invalid_model(folder / "model.json", f"`precision` {card.precision} is for `format` onnx, not safetensors")
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -54,7 +58,7 @@ def _load_encoder(folder: Path, card: ModelCard) -> Any:
     if not path.is_file():  # transformers would look for other formats, and for the name on a hub
         raise invalid_model(path, "the file is missing")
     try:
-        encoder, found = transformers.AutoModel.from_pretrained(
+        encoder, found = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
             dtype=DTYPES[card.precision], output_loading_info=True)  # fmt: skip
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, RuntimeError

@@ -23,7 +23,7 @@ LOG = logging.getLogger("test")
 class Gate:
     """A model whose logit is the number that the text is; "bad" can't be tokenized, "-1" can't be run."""
 
-    embeds = False
+    embeds, extracts = False, False
     size = 0
     card = ModelCard("gate", "text-classification", "encoder", ("a", "b"), 8)
 
@@ -42,7 +42,7 @@ class Gate:
     def run(self, documents: Sequence[Document]) -> Output:
         self.batches.append([document.features for document in documents])
         self.entered.release()
-        assert self.leave.acquire(timeout=10)
+        assert self.leave.acquire(timeout=60)
         self.during(documents)
         if -1 in self.batches[-1]:
             raise ValueError("no such thing")
@@ -75,7 +75,7 @@ def numbers(future: Any) -> list[float]:
 def test_what_arrives_during_a_batch_is_the_next_one(gate: Gate, batcher: Any) -> None:
     server = batcher()
     first = server.submit(["0"])
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     others = [server.submit([str(i)]) for i in range(1, 6)]
     gate.leave.release(2)
     assert [numbers(future) for future in [first, *others]] == [[0], [1], [2], [3], [4], [5]]
@@ -85,7 +85,7 @@ def test_what_arrives_during_a_batch_is_the_next_one(gate: Gate, batcher: Any) -
 def test_batches_are_bounded_and_take_from_requests_in_turn(gate: Gate, batcher: Any) -> None:
     server = batcher(max_batch=3)
     server.submit(["0"])
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     large = server.submit([str(i) for i in range(10, 16)])
     small = server.submit(["99"])
     gate.leave.release(2)
@@ -108,7 +108,7 @@ def test_batches_are_cut_at_the_latency_bound(gate: Gate, batcher: Any, monkeypa
     monkeypatch.setattr(batching, "perf_counter", lambda: now)
     server = batcher(max_batch_ms=45.0)  # 10 ms a text: four fit
     server.submit(["0"])
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     future = server.submit([str(i) for i in range(1, 11)])
     gate.leave.release(10)
     assert numbers(future) == list(range(1, 11))
@@ -121,7 +121,7 @@ def test_a_full_queue_is_busy_until_it_has_room(gate: Gate, batcher: Any) -> Non
         server.submit(["0"] * 1000)
     assert (never.value.code, never.value.retriable) == ("too_large", False)
     running = server.submit(["0"])
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     waiting = server.submit(["1", "2", "3"])
     with pytest.raises(ClientFault, match="3 of at most 5") as now:
         server.submit(["4", "5", "6"])
@@ -135,7 +135,7 @@ def test_a_full_queue_is_busy_until_it_has_room(gate: Gate, batcher: Any) -> Non
 def test_a_cancelled_request_leaves_the_queue(gate: Gate, batcher: Any) -> None:
     server = batcher(max_queue=6)
     server.submit(["0"])
-    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=60)
     gone = server.submit(["1", "2", "3", "4", "5"])
     behind = server.submit(["6"])
     assert gone.cancel()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
+from kernelm_contracts.jobs import JobName, JobQuery, JobRecord, Jobs, JobSpec
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault, from_body
 from kernelm_sdk.plugin import Job
 from kernelm_sdk.system import Resources
@@ -30,10 +30,11 @@ class Children:
     def __init__(self, parent: Job, poll_max_s: float, patience_s: float) -> None:
         self.parent, self.poll_max_s, self.patience_s = parent, poll_max_s, patience_s
 
-    async def submit(self, name: str, uses: str, request: msgspec.Struct, resources: Resources) -> JobRecord:
+    async def submit(self, name: str, uses: str, request: msgspec.Struct, resources: Resources,
+                     preemptible: bool = False) -> JobRecord:  # fmt: skip
         """Submit a job; equal work that was done before comes back as done (`reused`)."""
         return await self._call(Jobs.submit, JobSpec(
-            name=name, uses=uses, request=msgspec.to_builtins(request), resources=resources,
+            name=name, uses=uses, request=msgspec.to_builtins(request), resources=resources, preemptible=preemptible,
             parent=self.parent.id, run=self.parent.run_id))
 
     async def find(self, identifier: str) -> JobRecord | None:
@@ -44,6 +45,10 @@ class Children:
             if fault.code == "not_found":
                 return None
             raise
+
+    async def news(self, known: Mapping[str, float], wait_s: float) -> tuple[JobRecord, ...]:
+        """Those of the jobs `known` (id -> `heard`) that are over or were heard of since; waits for the first up to `wait_s`."""
+        return (await self._call(Jobs.find, JobQuery(limit=len(known), known=dict(known), wait_s=wait_s))).jobs
 
     async def ended(self, jobs: Mapping[str, str], seen: Seen, deadline: float = math.inf) -> dict[str, JobRecord]:
         """Wait until all `jobs` (key -> id) have ended, and return their records.

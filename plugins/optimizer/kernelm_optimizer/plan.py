@@ -1,5 +1,6 @@
 """What a request asks for, checked and completed before anything is started. Pure."""
 
+import math
 from collections import Counter
 
 import msgspec
@@ -16,17 +17,22 @@ def checked(request: OptimizeRequest) -> tuple[Candidate, ...]:
     """
     if not request.dataset:
         raise _invalid("dataset is empty", "give the digest of a dataset")
-    if not request.candidates:
-        raise _invalid("candidates is empty", "name at least one candidate, with `model` or `train`")
+    if not request.candidates and request.search is None:
+        raise _invalid("candidates is empty, and there is no search", "name at least one candidate, or give a search")
     if request.objective not in OBJECTIVES:
         raise _invalid(f"objective {request.objective!r} is not known", f"choose one of {', '.join(OBJECTIVES)}")
     if not request.budget_s >= 0:  # a NaN fails this too
         raise _invalid(f"budget_s is {request.budget_s}", "give the seconds that training may take, 0 or more")
     if not 0 <= request.max_drop <= 1:
         raise _invalid(f"max_drop is {request.max_drop}", "give a share of accuracy from 0 to 1, e.g. 0.005")
+    for field in ("max_latency_ms", "max_bytes", "max_memory_mb"):
+        if not 0 <= getattr(request, field) < math.inf:
+            raise _invalid(f"{field} is {getattr(request, field)}", "give a limit above 0, or 0 for none")
     repeated = [name for name, count in Counter(c.name for c in request.candidates).items() if count > 1]
     if repeated:
         raise _invalid(f"candidates: the name {repeated[0]!r} is given twice", "give every candidate its own name")
+    if request.search is not None and (taken := [c.name for c in request.candidates if c.name.startswith("trial-")]):
+        raise _invalid(f"candidates: the name {taken[0]!r} is one of a trial's", "give the candidate another name")
     return tuple(_completed(i, c, request.dataset) for i, c in enumerate(request.candidates))
 
 

@@ -1,30 +1,51 @@
-"""`optimizer/1`: one search is train, measure, choose, quantize, test, report. Effects only; decisions are in `choice.py`."""
+"""`optimizer/1`: one search is train, measure, choose, quantize, test, report. Effects only; `choice.py` and `study.py` decide."""
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
 
 from kernelm_contracts.data import DatasetCard
 from kernelm_contracts.jobs import JobRecord
-from kernelm_contracts.optimizer import Candidate, CandidateMeasured, Optimized, Optimizer, OptimizeRequest, Row
+from kernelm_contracts.optimizer import (
+    Candidate,
+    CandidateMeasured,
+    Compressed,
+    CompressRequest,
+    Optimized,
+    Optimizer,
+    OptimizeRequest,
+    Row,
+    Search,
+    Trials,
+    Verdict,
+)
 from kernelm_contracts.server import Measured, Measurement, MeasureRequest
 from kernelm_contracts.trainer import Scores, Trained
+from kernelm_optimizer.auto import DEFAULT, completed, verdict
 from kernelm_optimizer.children import ENDED, Children, result_of
-from kernelm_optimizer.choice import Figures, figures, rank, reason_against
+from kernelm_optimizer.choice import Figures, excess, figures, front, rank, reason_against
+from kernelm_optimizer.compress import Compression
+from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.hooks import GROUP, Samplers, extended
 from kernelm_optimizer.plan import checked, nothing_measured, variant_name
-from kernelm_optimizer.quantize import quantize, read_card, why_not
+from kernelm_optimizer.quantize import quantize, why_not
 from kernelm_optimizer.report import Findings, write
 from kernelm_optimizer.settings import Settings
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
 from kernelm_sdk.hooks import Hooks
 from kernelm_sdk.plugin import Job, Plugin
 
+if TYPE_CHECKING:
+    from kernelm_optimizer.study import Study
+
 NOT_MEASURED = "not measured: "
+SHOWN = 20  # trials whose reasons are listed when none came to an end
 # where each phase ends, as a share of the job
 TRAINED, MEASURED, QUANTIZED, COMPARED, TESTED = 0.6, 0.75, 0.83, 0.92, 0.98
 
@@ -36,9 +57,13 @@ class OptimizerPlugin(Plugin, Optimizer):
 
     async def optimize(self, request: OptimizeRequest, job: Job) -> Optimized:
         """See `Optimizer.optimize`. ClientFault `invalid` or `budget_too_small`, PluginFault `nothing_measured`."""
-        request = extended(request, Hooks(GROUP, Samplers))
+        request = extended(completed(request), Hooks(GROUP, Samplers))
         candidates = checked(request)
         return await _Search(self, request, candidates, job).run()
+
+    async def compress(self, request: CompressRequest, job: Job) -> Compressed:
+        """See `Optimizer.compress`."""
+        return await Compression(self, request, job).run()
 
 
 class _State(Struct, frozen=True):
@@ -46,6 +71,7 @@ class _State(Struct, frozen=True):
 
     spent_s: float = 0.0  # by earlier attempts
     children: dict[str, str] = {}  # candidate -> job that trains it
+    trials: msgspec.Raw = msgspec.Raw(b"[]")  # of the search's study
 
 
 class _Search:
@@ -56,6 +82,10 @@ class _Search:
         self.rows = {c.name: _first_row(c) for c in candidates}
         self.begun = time.monotonic()
         self.state = _State()
+        self.study: Study | None = None
+        self.shares: dict[str, tuple[float, str]] = {}  # how far the candidates and the trials are
+        self.submitted: dict[str, str] = {}  # candidate -> job
+        self.saving = asyncio.Lock()
         self.late: set[str] = set()  # candidates that lacked time, and nothing else
         self.conditions: dict[str, str] = {}
         self.compared: tuple[Measurement, Measurement] | None = None  # the winner and its int8 variant, side by side
@@ -63,16 +93,26 @@ class _Search:
     async def run(self) -> Optimized:
         labels = await self._labels()
         await self._restore()
+        if self.request.search is not None:  # what is wrong with it is said before anything is started
+            self.study = await self.job.in_thread(_study, self.request.search, self.request.dataset, bytes(self.state.trials))
         await self._train()
         for name in [name for name, row in self.rows.items() if row.model]:
             await self._read_card(name, labels)
         await self._measure_candidates()
         winner = await self._quantize(self._choose())
         self.rows[winner] = msgspec.structs.replace(self.rows[winner], outcome="winner")
-        test = await self._test(self.rows[winner].model)
-        report = await self._report(winner, test)
+        test, compared = await self._test(self.rows[winner].model)
+        report = await self._report(winner, test, compared)
         return Optimized(model=self.rows[winner].model, winner=winner, rows=tuple(self.rows.values()), test=test,
-                         report=report, took_s=self._spent())
+                         report=report, took_s=self._spent(), trials=self._summary(), verdict=compared)
+
+    def _summary(self) -> Trials | None:
+        if self.study is None or self.request.search is None:
+            return None
+        count = Counter(trial.state for trial in self.study.trials)
+        measured = {name: row.measurement for name, row in self.rows.items() if row.measurement}
+        return Trials(count["done"], count["pruned"], count["failed"], count["late"],
+                      front(measured, self.request.search.objectives))  # fmt: skip
 
     # ---- the dataset, and what earlier attempts did --------------------------------------------------------------
 
@@ -88,13 +128,15 @@ class _Search:
         if self.job.checkpoint:
             folder = await self.context.artifact(self.job.checkpoint)
             self.state = msgspec.json.decode((folder / "search.json").read_bytes(), type=_State)
+            self.submitted = self.state.children
 
-    async def _save(self, children: dict[str, str]) -> None:
-        folder = self.job.scratch / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        body = msgspec.json.encode(_State(self._spent(), children))
-        (folder / "search.json").write_bytes(body)
-        await self.job.save(folder)
+    async def _save(self) -> None:
+        async with self.saving:
+            folder = self.job.scratch / "checkpoint"
+            folder.mkdir(exist_ok=True)
+            trials = msgspec.Raw(msgspec.json.encode(self.study.trials if self.study else []))
+            (folder / "search.json").write_bytes(msgspec.json.encode(_State(self._spent(), self.submitted, trials)))
+            await self.job.save(folder)
 
     def _spent(self) -> float:
         """Seconds that this search has taken so far, in all attempts."""
@@ -103,27 +145,53 @@ class _Search:
     # ---- training ------------------------------------------------------------------------------------------------
 
     async def _train(self) -> None:
+        """Candidates and trials, side by side."""
         self.job.progress(0.0, "training", "submitting candidates")
         deadline = self.begun + self.request.budget_s - self.state.spent_s
-        children = await self._submit([c for c in self.candidates if not c.model], deadline)
-        if not children:
+        await _together(self._train_candidates(deadline), self._search(deadline))
+
+    async def _train_candidates(self, deadline: float) -> None:
+        self.submitted = await self._submit([c for c in self.candidates if not c.model], deadline)
+        if not self.submitted:
             return
-        await self._save(children)
+        await self._save()
         ended = 0
 
         async def seen(records: Mapping[str, JobRecord]) -> None:
             nonlocal ended
             done = sum(r.state in ENDED for r in records.values())
             share = sum(1.0 if r.state in ENDED else r.progress.fraction for r in records.values()) / len(records)
-            self.job.progress(TRAINED * share, "training", f"{done} of {len(records)} ended; " + "; ".join(
+            self._note("candidates", share, f"{done} of {len(records)} ended; " + "; ".join(
                 f"{name}: {r.progress.phase or r.state} {100 * r.progress.fraction:.0f} %"
                 for name, r in records.items() if r.state not in ENDED))
             if done != ended:
                 ended = done
-                await self._save(children)
+                await self._save()
 
-        for name, record in (await self.children.ended(children, seen, deadline)).items():
+        for name, record in (await self.children.ended(self.submitted, seen, deadline)).items():
             self._take(name, record)
+
+    async def _search(self, deadline: float) -> None:
+        """The trials; the best of them become rows, as candidates with a model do."""
+        if self.request.search is None or self.study is None:
+            return
+        from kernelm_optimizer.trials import Trials as Running
+
+        study = self.study
+        await Running(study, self.request, self.children, self.settings, deadline, self._save,
+                      lambda share, text: self._note("trials", share, text)).run()
+        for trial in study.best(self.request.search.finalists):
+            train = study.request(trial)
+            self.rows[trial.name] = Row(trial.name, "", train.structure, train.algorithm, model=trial.model)
+        if not any(trial.state == "done" for trial in study.trials):
+            for trial in study.trials[:SHOWN]:
+                self.rows[trial.name] = Row(trial.name, NOT_MEASURED + trial.why)
+                self.late |= {trial.name} if trial.state == "late" else set()
+
+    def _note(self, what: str, share: float, text: str) -> None:
+        self.shares[what] = share, text
+        done = sum(s for s, _ in self.shares.values()) / len(self.shares)
+        self.job.progress(TRAINED * done, "training", "; ".join(text for _, text in self.shares.values()))
 
     async def _submit(self, candidates: list[Candidate], deadline: float) -> dict[str, str]:
         """Candidate -> job. Those that an earlier attempt submitted are looked up; a new one needs budget."""
@@ -214,11 +282,13 @@ class _Search:
 
     async def _record(self, name: str, measurement: Measurement) -> None:
         self.rows[name] = msgspec.structs.replace(self.rows[name], outcome="measured", measurement=measurement)
+        if over := [f"{limit} by {by:.4g}" for limit, by in excess(self.request, measurement).items() if by > 0]:
+            self.rows[name] = msgspec.structs.replace(self.rows[name], outcome=f"measured; above {' and '.join(over)}")
         await self.context.publish(CandidateMeasured(
             job=self.job.id, name=name, accuracy=measurement.scores.accuracy, latency_ms=measurement.latency_ms))
 
     def _figures(self) -> tuple[Figures, ...]:
-        return tuple(figures(name, row.measurement) for name, row in self.rows.items() if row.measurement)
+        return tuple(figures(name, row.measurement, self.request) for name, row in self.rows.items() if row.measurement)
 
     def _choose(self) -> str:
         return rank(self._figures(), self.request.objective, self.request.max_drop)[0].name
@@ -270,10 +340,14 @@ class _Search:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
-    async def _test(self, model: str) -> Scores:
-        return (await self._measure("testing the winner", [model], (COMPARED, TESTED), "test"))[model].scores
+    async def _test(self, model: str) -> tuple[Scores, Verdict | None]:
+        """The winner's scores on the test split; of "auto" also whether it is better than the default there."""
+        default = self.rows[DEFAULT].model if self.request.optimize == "auto" and self.rows[DEFAULT].measurement else model
+        measured = await self._measure("testing the winner", [model, default], (COMPARED, TESTED), "test")
+        scores = measured[model].scores
+        return scores, verdict(DEFAULT, scores, measured[default].scores) if self.request.optimize == "auto" else None
 
-    async def _report(self, winner: str, test: Scores) -> str:
+    async def _report(self, winner: str, test: Scores, compared: Verdict | None) -> str:
         self.job.progress(TESTED, "reporting")
         before, after = self.compared or (None, None)
         model = self.rows[winner].model
@@ -281,9 +355,10 @@ class _Search:
             name=self.job.name or self.job.id, dataset=self.request.dataset, winner=winner, model=model,
             objective=self.request.objective, max_drop=self.request.max_drop, budget_s=self.request.budget_s,
             took_s=self._spent(), rows=tuple(self.rows.values()), test=test, int8_reference=before, int8=after,
-            conditions=self.conditions)
+            conditions=self.conditions, objectives=self.request.search.objectives if self.request.search else (),
+            verdict=compared.text if compared else "", front=summary.front if (summary := self._summary()) else ())
         folder = self.job.scratch / "report"
-        await self.job.in_thread(write, findings, folder)
+        await self.job.in_thread(write, findings, folder, tuple(self.study.trials) if self.study else ())
         return await self.context.store(folder, "report", metadata={"name": findings.name, "winner": winner},
                                         job=self.job.id, model=model, dataset=self.request.dataset)
 
@@ -294,3 +369,19 @@ def _first_row(candidate: Candidate) -> Row:
         return Row(candidate.name, "", model=candidate.model)
     return Row(candidate.name, "", train.structure, train.algorithm)
 
+
+def _study(search: Search, dataset: str, trials: bytes) -> "Study":
+    from kernelm_optimizer.study import Study, decoded  # Optuna takes its time, and not every search needs it
+
+    return Study(search, dataset, decoded(trials))
+
+
+async def _together(*work: Coroutine[Any, Any, None]) -> None:
+    """Do all; when one fails the others are cancelled, and its fault is raised."""
+    tasks = [asyncio.create_task(w) for w in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,7 +6,6 @@ without their fine-tuning). Word and position embeddings are 8-bit with one scal
 form, with int8 weights and one scale a label.
 """
 
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from kernelm_contracts.trainer import ModelCard
+from kernelm_optimizer.folder import carry, read_card
 from kernelm_sdk.errors import ClientFault, PluginFault
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ class Quantized(Struct, frozen=True):
     max_logit_difference: float  # int8 against fp32, on random tokens; 0 where logits need text
 
 
-def read_card(folder: Path) -> ModelCard:
-    """`model.json` of a model's folder; ClientFault `invalid_model` if it is missing or no card."""
-    path = folder / "model.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=ModelCard)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ClientFault("invalid_model", f"{path.name}: {error}", "give the digest of a model artifact") from None
-
-
 def why_not(card: ModelCard) -> str:
     """Why a model can't be quantized; "" if it can."""
     return "" if card.precision != "int8" and card.format == "safetensors" else f"it is {card.precision} {card.format} already"
@@ -61,9 +52,7 @@ def quantize(source: Path, target: Path, reduce_range: bool = False) -> Quantize
     if reason := why_not(card):
         raise ClientFault("invalid_model", f"model {card.name!r} can't be quantized: {reason}")
     target.mkdir(parents=True)
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    carry(source, target, CARRIED)
     make = _quantize_tfidf if card.structure == "tfidf-linear" else _quantize_encoder
     made = make(source, target, card, reduce_range)
     (target / "model.json").write_bytes(msgspec.json.format(msgspec.json.encode(made.card), indent=2))

@@ -1,5 +1,6 @@
 """The report of a search: a table, the figures behind it, and a picture."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,12 @@ from kernelm_contracts.optimizer import Row
 from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import Scores
 from kernelm_optimizer.picture import draw
+from kernelm_optimizer.trial_picture import draw_trials
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kernelm_optimizer.study import Trial
 
 
 class Findings(Struct, frozen=True):
@@ -31,22 +35,30 @@ class Findings(Struct, frozen=True):
     int8_reference: Measurement | None = None  # the winner before quantization, in the int8 variant's own interleaved run
     int8: Measurement | None = None
     conditions: dict[str, str] = {}  # of the measurements: processor, cores, library versions
+    objectives: tuple[str, ...] = ()  # of the trials, where there was a search
+    verdict: str = ""  # of the winner beside the defaults
+    front: tuple[str, ...] = ()  # rows that no other beats in all of these
 
 
-def write(findings: Findings, folder: Path) -> None:
-    """`report.md`, `report.json` and `report.png` in the new folder `folder`."""
+def write(findings: Findings, folder: Path, trials: "Sequence[Trial]" = ()) -> None:
+    """`report.md`, `report.json` and `report.png` in the new folder `folder`; of `trials` also `trials.json` and `trials.png`."""
     folder.mkdir(parents=True)
+    if trials:
+        (folder / "trials.json").write_bytes(msgspec.json.format(msgspec.json.encode(trials), indent=1))
+        draw_trials(trials, findings.objectives, folder / "trials.png")
     (folder / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(findings), indent=2))
     draw(findings.rows, findings.winner, findings.max_drop, folder / "report.png")
-    (folder / "report.md").write_text(markdown(findings))
+    (folder / "report.md").write_text(markdown(findings, trials))
 
 
-def markdown(findings: Findings) -> str:
+def markdown(findings: Findings, trials: "Sequence[Trial]" = ()) -> str:
     """The report for people, in GitHub's Markdown."""
     parts = [f"# Search {findings.name}", _verdict(findings), _table(findings.rows),
              "Accuracy and macro F1 are those of the validation split. Latency is that of one document (median; p99 in "
              "brackets), throughput that of the whole split in batches, memory what loading adds to the process.",
              "![Accuracy against latency](report.png)"]
+    if trials:
+        parts.append(_search(findings, trials))
     if findings.int8_reference and findings.int8:
         parts.append(_side_by_side(findings.int8_reference, findings.int8))
     if findings.conditions:
@@ -63,6 +75,8 @@ def _verdict(findings: Findings) -> str:
         lines.append(f"On the test split, looked at once after the choice ({findings.test.documents} documents): accuracy "
                      f"{_percent(findings.test.accuracy)}, macro recall {_percent(findings.test.macro_recall)}, macro F1 "
                      f"{_percent(findings.test.macro_f1)}.")
+    if findings.verdict:
+        lines.append(f"It is {findings.verdict}.")
     lines.append(f"The search took {findings.took_s:.0f} s; training had a budget of {findings.budget_s:.0f} s.")
     return "\n".join(lines)
 
@@ -81,6 +95,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     m = row.measurement
     return (*what, _percent(m.scores.accuracy), _percent(m.scores.macro_f1), f"{m.latency_ms:.2f} ({m.latency_p99_ms:.2f})",
             f"{m.throughput:.0f}", _mb(m.bytes), f"{m.memory_mb:.0f}", row.outcome)
+
+
+def _search(findings: Findings, trials: "Sequence[Trial]") -> str:
+    count = Counter(trial.state for trial in trials)
+    states = ", ".join(f"{n} {state}" for state, n in count.items())
+    lines = [f"## The search\n\n{len(trials)} trials by {' and '.join(findings.objectives)}: {states}. Each is in `trials.json`."]
+    if len(findings.objectives) > 1:
+        lines.append(f"On the Pareto front of what was measured side by side: {', '.join(findings.front)}.")
+    return "\n\n".join([*lines, "![The trials](trials.png)"])
 
 
 def _side_by_side(before: Measurement, after: Measurement) -> str:

@@ -1,13 +1,10 @@
-"""Whole searches, against a job table, a store, a trainer and a server that live in this process.
-
-The trainer fits real TF-IDF models and the server really classifies with them; only latencies are given by the test, so
-that the choice is the same on every machine.
-"""
+"""Whole searches among candidates, against the `world` of conftest.py."""
 
 import asyncio
-import logging
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,117 +15,17 @@ import pytest
 import kernelm_optimizer
 from kernelm.testing.harness import until
 from kernelm.testing.hooks import install
-from kernelm_contracts.data import DatasetCard
-from kernelm_contracts.jobs import JobRecord, Jobs, JobSpec
-from kernelm_contracts.optimizer import Candidate, CandidateMeasured, Optimized, OptimizeRequest
-from kernelm_contracts.server import Measured, Measurement
-from kernelm_contracts.trainer import Scores, Trained, TrainRequest
+from kernelm_contracts.optimizer import Candidate
+from kernelm_contracts.server import Measured
+from kernelm_contracts.trainer import TrainRequest
+from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.hooks import GROUP
 from kernelm_optimizer.plugin import OptimizerPlugin
-from kernelm_optimizer.quantize import read_card
 from kernelm_optimizer.settings import Settings
-from kernelm_sdk.errors import ClientFault, FaultBody, KernelFault, PluginFault
-from kernelm_sdk.plugin import MANIFEST, Job, JobCancelled, read_manifest
-from kernelm_sdk.system import Progress
+from kernelm_sdk.errors import ClientFault, PluginFault
+from kernelm_sdk.plugin import MANIFEST, JobCancelled, read_manifest
 
 DATASET = "sha256:data"
-
-
-class World:
-    """The rest of kernelm, as far as a search sees it."""
-
-    def __init__(self, real: SimpleNamespace, folder: Path, scratch: Path) -> None:
-        self.real, self.scratch, self.store_folder = real, scratch, folder
-        self.log = logging.getLogger("optimizer")
-        self.artifacts: dict[str, tuple[str, Path, dict[str, str]]] = {}
-        self.jobs: dict[str, JobRecord] = {}
-        self.events: list[CandidateMeasured] = []
-        self.measured: list[tuple[str, tuple[str, ...]]] = []
-        self.away = 0  # calls that find nobody
-        self.latency: Callable[[str], float] = lambda precision: {"fp32": 2.0, "int8": 1.0}[precision]
-        self.texts, self.labels = real.news(20)
-        dataset = folder / "dataset"
-        dataset.mkdir(parents=True)
-        (dataset / "dataset.json").write_bytes(msgspec.json.encode(DatasetCard("news", real.LABELS, (), {}, 256)))
-        self.artifacts[DATASET] = ("dataset", dataset, {})
-
-    # ---- what a Context offers ----
-
-    async def artifact(self, digest: str) -> Path:
-        if digest not in self.artifacts:
-            raise ClientFault("not_found", f"there is no artifact {digest}")
-        return self.artifacts[digest][1]
-
-    async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
-        digest = f"sha256:{len(self.artifacts)}"
-        shutil.copytree(folder, self.store_folder / str(len(self.artifacts)))
-        self.artifacts[digest] = (kind, self.store_folder / str(len(self.artifacts)), lineage)
-        return digest
-
-    async def publish(self, event: CandidateMeasured) -> None:
-        self.events.append(event)
-
-    async def call(self, method: Any, request: Any, **_: Any) -> JobRecord:
-        if self.away:
-            self.away -= 1
-            raise KernelFault("no_responders", "nobody answers", retriable=True)
-        if method is Jobs.submit:
-            return await self.submit(request)
-        if method is Jobs.cancel:
-            self.jobs[request.id] = msgspec.structs.replace(self.jobs[request.id], state="cancelled", why="cancelled by its parent")
-        if request.id not in self.jobs:
-            raise ClientFault("not_found", f"there is no job {request.id}")
-        return self.jobs[request.id]
-
-    # ---- the job table ----
-
-    async def submit(self, spec: JobSpec) -> JobRecord:
-        record = JobRecord(f"j{len(self.jobs)}", spec, "key", state="running", started=1.0, progress=Progress(0.4, "fitting"))
-        try:
-            work = self.train if spec.uses == "trainer/1.train" else self.measure
-            if (result := await work(spec.request)) is not None:
-                record = msgspec.structs.replace(record, state="done", result=msgspec.to_builtins(result))
-        except PluginFault as fault:
-            record = msgspec.structs.replace(record, state="dead", fault=FaultBody("plugin", fault.code, fault.message))
-        self.jobs[record.id] = record
-        return record
-
-    async def train(self, request: dict[str, Any]) -> Trained | None:
-        asked = msgspec.convert(request, TrainRequest)
-        assert not asked.report_test
-        if asked.structure == "encoder":  # never gets done
-            return None
-        if asked.seed == 13:
-            raise PluginFault("diverged", "the loss is nan")
-        folder = self.store_folder / f"new-{len(self.artifacts)}"
-        step = 20 if asked.epochs == 1 else 1  # one article a class, or all of them
-        self.real.write_tfidf(folder, self.texts[::step], self.labels[::step])
-        digest = await self.store(folder, "model")
-        return Trained(digest, "tfidf-linear", "lbfgs", 1, Scores("validation", 0, 0, 0, 0))
-
-    async def measure(self, request: dict[str, Any]) -> Measured:
-        self.measured.append((request["split"], tuple(request["models"])))
-        return Measured(tuple(self.measurement(model, request["split"]) for model in request["models"]), {"cores": "2"})
-
-    def measurement(self, model: str, split: str) -> Measurement:
-        folder = self.artifacts[model][1]
-        right = (self.real.tfidf_logits(folder, self.texts).argmax(1) == self.labels).mean()
-        return Measurement(model, Scores(split, len(self.texts), float(right), float(right), float(right)),
-                           self.latency(read_card(folder).precision), 9.0, 100.0,
-                           sum(p.stat().st_size for p in folder.iterdir()), 1.0, 0.1)
-
-    def job(self, epoch: int = 1, checkpoint: str = "") -> Job:
-        return Job(self, "jobs", "j-search", epoch, epoch, checkpoint, "run", "search")  # type: ignore[arg-type]
-
-    async def search(self, *candidates: Candidate, job: Job | None = None, **fields: Any) -> Optimized:
-        request = OptimizeRequest(DATASET, candidates, **fields)
-        settings = Settings(poll_max_s=0.02, patience_s=5.0)
-        return await OptimizerPlugin(self, settings).optimize(request, job or self.job())  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def world(real: SimpleNamespace, tmp_path: Path) -> World:
-    return World(real, tmp_path / "store", tmp_path / "scratch")
 
 
 def train(**fields: Any) -> TrainRequest:
@@ -191,10 +88,17 @@ async def test_a_winner_that_is_int8_already_is_not_quantized_again(world, tfidf
     assert again.rows[1].outcome == "not measured: it is int8 safetensors already"
 
 
-async def test_the_budget_cancels_what_is_under_way(world):
-    found = await world.search(GOOD, ENDLESS, budget_s=4.0, quantize=False)
+async def test_the_budget_cancels_what_is_under_way(world, monkeypatch):
+    clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
+    monkeypatch.setattr("kernelm_optimizer.plugin.time", clock)
+    monkeypatch.setattr("kernelm_optimizer.children.time", clock)
+    job = world.job()
+    searching = asyncio.create_task(world.search(GOOD, ENDLESS, job=job, budget_s=3600.0, quantize=False))
+    await until(lambda: job.checkpoint, 60.0)  # both are submitted, and the first is done
+    clock.late = 3600.0
+    found = await searching
     assert found.winner == "good"
-    assert found.rows[1].outcome == "not measured: the budget of 4 s was spent with 40 % of its training done"
+    assert found.rows[1].outcome == "not measured: the budget of 3600 s was spent with 40 % of its training done"
     assert world.jobs["j1"].state == "cancelled"
 
 
@@ -287,7 +191,7 @@ async def test_an_export_that_fails_costs_the_int8_variant_only(world, monkeypat
 def test_the_manifest_lists_what_the_plugin_calls():
     manifest = read_manifest(Path(kernelm_optimizer.__file__).parent / MANIFEST)
     assert manifest.contracts == ("optimizer/1",)
-    assert set(manifest.calls) == {"jobs/1.submit", "jobs/1.get", "jobs/1.cancel"}
+    assert set(manifest.calls) == {"jobs/1.submit", "jobs/1.get", "jobs/1.find", "jobs/1.cancel"}
     assert manifest.entry == f"{OptimizerPlugin.__module__}:{OptimizerPlugin.__qualname__}"
 
 
@@ -300,3 +204,9 @@ async def test_a_samplers_candidates_are_searched_as_all_others(world, tmp_path,
     rows = {row.name: row for row in found.rows}
     assert rows["sampled-more"].measurement is not None
     assert rows["sampled-more"].outcome in ("measured", "winner")
+
+
+def test_an_idle_instance_has_imported_nothing_that_is_large():
+    large = {"numpy", "scipy", "torch", "optuna", "onnx", "matplotlib"}
+    code = f"import sys, kernelm_optimizer.plugin; print(*{large} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kernelm_optimizer.quantize import export, load_classifier, quantize, read_card
+from kernelm_optimizer.folder import read_card
+from kernelm_optimizer.quantize import export, load_classifier, quantize
 from kernelm_sdk.errors import ClientFault
 
 

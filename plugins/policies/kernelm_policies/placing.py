@@ -7,6 +7,7 @@ movable jobs of that type are packed anew, largest first. The decisions come in 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, PendingJob, PlacedJob, Share
@@ -16,7 +17,7 @@ Target = tuple[str, int]  # (type of the devices, members)
 TOLERANCE = 1e-6  # cores; sums of decimal fractions are not exact
 
 
-@dataclass
+@dataclass(slots=True)
 class Bin:
     """A node, while a round goes on."""
 
@@ -56,16 +57,24 @@ class Room:
     """What is free on the nodes while decisions are made."""
 
     def __init__(self, state: ClusterState) -> None:
-        self.bins = {n.name: Bin(n.name, n.free.cpu, n.free.memory_mb, n.free.gpus, dict(n.plugins),
-                                 {d.type: d.free for d in n.devices},
-                                 {d.type: d.count for d in n.devices} or {"": n.capacity.gpus})
-                     for n in state.nodes}  # fmt: skip
-        self.capacity: dict[str, int] = {}  # devices by type, held or not
+        self._nodes = state.nodes
+        self.capacity: dict[str, int] = {}  # devices by type, held by jobs or not; what models hold is not theirs to give
         for node in state.nodes:
             for devices in node.devices:
                 self.capacity[devices.type] = self.capacity.get(devices.type, 0) + devices.count
             if not node.devices and node.capacity.gpus:
                 self.capacity[""] = self.capacity.get("", 0) + node.capacity.gpus
+        for model in state.models:
+            for share in model.allocation if model.request.gpus > 0 else ():
+                self.capacity[share.type] = self.capacity.get(share.type, 0) - share.members * model.request.gpus
+
+    @cached_property
+    def bins(self) -> dict[str, Bin]:
+        """By the name of the node; made only where somebody looks for a place."""
+        return {n.name: Bin(n.name, n.free.cpu, n.free.memory_mb, n.free.gpus, dict(n.plugins),
+                            {d.type: d.free for d in n.devices},
+                            {d.type: d.count for d in n.devices} or {"": n.capacity.gpus})
+                for n in self._nodes}  # fmt: skip
 
     def types(self, job: Job) -> list[str]:
         """Types `job` can run on, fastest first; [""] where it doesn't matter."""
@@ -134,7 +143,7 @@ def held(job: PlacedJob) -> tuple[Share, ...]:
 def current(job: PlacedJob) -> Target:
     """(type, members) of a placed job."""
     shares = held(job)
-    return shares[0].type, sum(s.members for s in shares)
+    return shares[0].type, shares[0].members if len(shares) == 1 else sum(s.members for s in shares)
 
 
 def settle(state: ClusterState, targets: Mapping[str, Target], reason: str) -> Decisions:
@@ -199,7 +208,10 @@ def _movable(job: Job) -> bool:
 def _in_order(state: ClusterState, jobs: dict[str, Job], before: dict[str, tuple[Share, ...]], after: dict[str, tuple[Share, ...]],
               reason: str) -> list[Decision]:  # fmt: skip
     """Decisions of which each finds its room free. Where jobs wait for each other's places, one is stopped and waits a round."""
-    room, decisions = Room(state), []
+    decisions: list[Decision] = []
+    if before == after:
+        return _waits(state, decisions, reason)
+    room = Room(state)
     for id in sorted(before.keys() - after.keys()):
         decisions.append(Decision(id, "preempt", reason=f"{reason}: others go first"))
         room.give(jobs[id], before[id], _plugin(jobs[id]))
@@ -223,9 +235,13 @@ def _in_order(state: ClusterState, jobs: dict[str, Job], before: dict[str, tuple
         decisions.append(Decision(stopped, "preempt", reason=f"{reason}: changes places with another"))
         room.give(jobs[stopped], before[stopped], _plugin(jobs[stopped]))
         left.remove(stopped)
-    told = {d.job for d in decisions}
-    decisions += [Decision(j.id, "wait", reason=f"waits: {reason}: others go first") for j in state.pending if j.id not in told]
-    return decisions
+    return decisions + _waits(state, decisions, reason)
+
+
+def _waits(state: ClusterState, decisions: list[Decision], reason: str) -> list[Decision]:
+    """For the pending jobs of which nothing is decided."""
+    told, why = {d.job for d in decisions}, f"waits: {reason}: others go first"
+    return [Decision(j.id, "wait", reason=why) for j in state.pending if j.id not in told]
 
 
 def _free(room: Room, job: Job, old: tuple[Share, ...], new: tuple[Share, ...]) -> bool:

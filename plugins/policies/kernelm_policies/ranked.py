@@ -4,10 +4,17 @@ from collections.abc import Callable
 
 from kernelm_contracts.scheduler import ClusterState, Decisions, PlacedJob
 from kernelm_policies.placing import Job, Room, Target, current, free_to_move, settle, speed
+from kernelm_policies.serving import beside_models
+
+Rank = Callable[[Job], tuple[float, float, str]]
 
 
-def decide(state: ClusterState, rank: Callable[[Job], tuple[float, float, str]], reason: str) -> Decisions:
+def decide(state: ClusterState, rank: Rank, reason: str) -> Decisions:
     """The jobs of lowest `rank` run; a placed job stays on its type as long as it may run at all."""
+    return beside_models(state, lambda left: _settled(left, rank, reason))
+
+
+def _settled(state: ClusterState, rank: Rank, reason: str) -> Decisions:
     room = Room(state)
     left = dict(room.capacity)
     targets: dict[str, Target] = {}
@@ -28,6 +35,11 @@ def decide(state: ClusterState, rank: Callable[[Job], tuple[float, float, str]],
 
 def _take(left: dict[str, int], target: Target, job: Job) -> None:
     left[target[0]] = left.get(target[0], 0) - target[1] * job.request.gpus
+
+
+def any_speeds(state: ClusterState) -> bool:
+    """Whether any job tells how fast it is, which may change as it gets on."""
+    return any(job.speeds for job in (*state.placed, *state.pending))
 
 
 def seconds_left(job: Job) -> float:

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelm_contracts.scheduler import ClusterState, Decisions, Devices, NodeState, PendingJob, PlacedJob, Share, Speed
+from kernelm_contracts.scheduler import (
+    ClusterState,
+    Decisions,
+    Devices,
+    ModelState,
+    NodeState,
+    PendingJob,
+    PlacedJob,
+    Share,
+    Speed,
+)
+from kernelm_jobs.checks import check
 from kernelm_policies.fifo.plugin import Fifo
 from kernelm_policies.gavel.plugin import Gavel
 from kernelm_policies.gavel.plugin import allocate as gavel_shares
@@ -156,3 +167,21 @@ def test_no_decision_takes_what_is_not_free(policy: type[Plugin], state: Cluster
             assert jobs[d.job].members <= sum(s.members for s in d.allocation) <= max(jobs[d.job].members, jobs[d.job].most)
             assert len({s.type for s in d.allocation}) == 1
     assert {j.id for j in state.pending} <= seen
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_served_models_keep_what_they_have_and_wake_when_they_are_called(policy: type[Plugin]) -> None:
+    """Of 4 devices one is a model's: it stays. Another model wakes first, whose one device no job gets; the one that nobody calls
+    sleeps on, and one that has more than its bound gives back."""
+    here = (Share("n", 1, "a100"),)
+    model = ModelState("serving", request=ONE, plugins=("job",), replicas=1, allocation=here, queue=9, maximum=3)
+    called = ModelState("called", request=ONE, plugins=("job",), queue=1, maximum=3)
+    shrunk = ModelState("shrunk", request=ONE, plugins=("job",), replicas=2, allocation=(Share("m", 2, "t4"),), minimum=1)
+    models = (model, called, ModelState("asleep", request=ONE, plugins=("job",), maximum=3), shrunk)
+    waiting = tuple(pending(f"j{n}", submitted=float(n)) for n in range(6))
+    state = ClusterState(1, 100.0, (node("n", "a100", 4, 3), node("m", "t4", 2, 0)), waiting, models=models, actions=("scale",))
+    answer = decide(policy, state)
+    assert check(state, answer).refused == {}
+    scaled = {d.job: sum(share.members for share in d.allocation) for d in answer.decisions if d.action == "scale"}
+    assert scaled == {"called": 1, "shrunk": 1}
+    assert sum(d.action == "place" for d in answer.decisions) == 2  # what is given back is free when it has stopped

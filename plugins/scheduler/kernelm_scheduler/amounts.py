@@ -34,6 +34,16 @@ def cores(cpu: float) -> str:
     return f"{cpu:.3g} core{'' if cpu == 1 else 's'}"
 
 
+def named(plugin: str) -> str:
+    """For people: without what the caller puts before a plugin that is used in a special way ("pool:encoder")."""
+    return plugin.rpartition(":")[2]
+
+
+def any_of(plugins: Iterable[str]) -> str:
+    """For people: "encoder or vllm"."""
+    return " or ".join(dict.fromkeys(named(plugin) for plugin in plugins)) or "any name"
+
+
 def listed(reasons: Iterable[str]) -> str:
     shown = list(reasons)
     more = len(shown) - NODES_SHOWN

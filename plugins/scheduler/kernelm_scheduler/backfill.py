@@ -5,15 +5,15 @@ reserved job will need. Where the ends are not known, what a reserved job asks f
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kernelm_contracts.scheduler import PendingJob, Share
 from kernelm_scheduler.amounts import allocation_of, end_of, left_s
-from kernelm_scheduler.index import Ask, Index, Matrix
+from kernelm_scheduler.ends import Frees
+from kernelm_scheduler.index import Index, Matrix
+from kernelm_scheduler.queue import Ask
 from kernelm_scheduler.room import Found, Room
 from kernelm_sdk.system import Resources
 
-Parts = list[tuple[float, int, Matrix]]  # end, row, amounts by column
 SOON_S = 1.0  # a job that was told to stop is away by then, for all that is known
 
 
@@ -23,21 +23,20 @@ class Reservations:
     def __init__(self, index: Index, room: Room, stopped: dict[str, tuple[Share, ...]]) -> None:
         self.index, self.room = index, room
         self.count = self._tried = 0
-        self._base: Parts | None = None  # of the placed jobs
         self.stopped: dict[str, tuple[Share, ...]] = stopped  # placed jobs that were changed in this round
         self.until = float("inf")  # the first reservation's time; who ends before it is in nobody's way
         self._reserved: Matrix = np.zeros_like(room.free)
         self._started: list[tuple[float, Resources, tuple[Share, ...]]] = []  # in this round: end, what it holds
-        self._ends: tuple[Matrix, NDArray[np.intp], Matrix] | None = None  # time, row, amounts
+        self._frees: Frees | None = None
 
     def started(self, job: PendingJob, shares: tuple[Share, ...]) -> None:
         if (left := left_s(job)) > 0:
             self._started.append((self.index.now + left, job.request, shares))
-            self._ends = None
+            self._frees = None
 
     def changed(self) -> None:
         """Placed jobs were stopped or shrunk, and end otherwise than was thought."""
-        self._base = self._ends = None
+        self._frees = None
 
     def reserve(self, job: PendingJob, ask: Ask) -> float:
         """Withhold what `job` will need; when it will start (Unix seconds), 0 for not known."""
@@ -67,7 +66,10 @@ class Reservations:
         return self._tried >= self.index.settings.reservations
 
     def _served(self, ask: Ask) -> bool:
-        """Whether any node that could hold it has a plugin for it: room kept for a job without one would be wasted."""
+        """Whether any node that could hold it has a plugin for it, for each member of a gang: room kept for a job without would be
+        wasted."""
+        if ask.members > 1:
+            return self.room.crew(ask) >= ask.members
         return any((self.room.slots[plugin][self.index.candidates(ask, type)] >= 0).any()
                    for plugin in ask.plugins if plugin in self.room.slots for type in self.index.options(ask))  # fmt: skip
 
@@ -81,56 +83,34 @@ class Reservations:
             room.long[row] = np.minimum(room.long[row], room.free[row] - lacking)
         room.touch()
 
-    def _timeline(self) -> tuple[Matrix, NDArray[np.intp], Matrix]:
-        if self._ends is None:
-            if self._base is None:
-                self._base = self._placed()
-            mine = [(end, row, amount) for end, request, shares in self._started
-                    for row, amount, _ in self.index.amounts(request, shares)]  # fmt: skip
-            parts = [*self._base, *mine]
-            times = np.maximum(np.array([p[0] for p in parts]), self.index.now)
-            rows = np.array([p[1] for p in parts], dtype=np.intp)
-            amounts = np.array([p[2] for p in parts]).reshape(len(parts), self.room.free.shape[1])
-            order = np.lexsort((*amounts.T, rows, times))  # in an order that does not hang on that of the jobs
-            self._ends = times[order], rows[order], amounts[order]
-        return self._ends
-
-    def _placed(self) -> Parts:
-        """What ends of what is placed, as far as the ends are known."""
-        index, now, known = self.index, self.index.now, self.index.ending
-        found: Parts = []
-        for id, parts in known.items():
-            if id not in self.stopped:
-                found += parts
-        for id, job in index.placed.items():
-            if id not in known and id not in self.stopped:
-                end = now + SOON_S if job.leaving else end_of(job, now)
-                if end > 0:
-                    found += [(end, row, amount) for row, amount, _ in index.amounts(job.request, allocation_of(job))]
-        return found
+    def _timeline(self) -> Frees:
+        if self._frees is None:
+            index, now = self.index, self.index.now
+            gone = {row for id in self.stopped for row in index.ends.rows(id)}
+            parts = {row: index.ends.on(row, self.stopped) for row in gone}
+            reckoned = [(now + SOON_S if job.leaving else end_of(job, now), job.request, allocation_of(job))
+                        for id in index.estimated if id not in self.stopped for job in (index.placed[id],)]  # fmt: skip
+            for end, request, shares in [*self._started, *(known for known in reckoned if known[0] > 0)]:
+                for row, amount, _ in index.amounts(request, shares):
+                    parts.setdefault(row, index.ends.on(row, self.stopped)).append((end, amount))
+            timeline = index.ends.timeline()
+            self._frees = Frees(timeline.replaced(parts) if parts else timeline, index.now, len(index.names))
+        return self._frees
 
     def _earliest(self, ask: Ask, type: str, before: float) -> tuple[float, Found, Matrix] | None:
         """When and where it fits first, before a time, and what will have been freed by then."""
-        times, rows, amounts = self._timeline()
-
-        def at(count: int) -> tuple[Found | None, Matrix]:
-            freed = np.zeros_like(self.room.free)
-            np.add.at(freed, rows[:count], amounts[:count])
-            matrix = self.room.free + freed - self._reserved
-            return self.room.gang(ask, ask.members, type, "", matrix, slots=False), freed
-
-        low, high = 0, int(np.searchsorted(times, before, "left"))
-        found, freed = at(high)
-        if found is None:
+        able = self.index.candidates(ask, type)
+        if not able.any():
             return None
-        while low < high:  # the more has ended, the more room: search for the first end that is enough
-            middle = (low + high) // 2
-            earlier, freed_then = at(middle)
-            if earlier is None:
-                low = middle + 1
-            else:
-                high, found, freed = middle, earlier, freed_then
-        return (float(times[high - 1]) if high else self.index.now), found, freed
+        frees, free = self._timeline(), self.room.free - self._reserved
+        if (found := self.room.gang(ask, ask.members, type, "", free, slots=False)) is not None:
+            return self.index.now, found, np.zeros_like(free)
+        end = frees.enough(free, self.index.need(ask, type), able, ask.members, ask.within, self.index.links.values())
+        if end is None or frees.time(end) >= before:
+            return None
+        freed = frees.freed(end)
+        found = self.room.gang(ask, ask.members, type, "", free + freed, slots=False)
+        return None if found is None else (frees.time(end), found, freed)
 
     def _soonest(self, ask: Ask) -> Found | None:
         """Where the ends are not known: the node that lacks the least, as a share of its capacity; for a gang any that will do."""

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from kernelm_contracts.scheduler import PendingJob, PlacedJob, Share
 from kernelm_scheduler.amounts import allocation_of, amount_of, size, speed_of
-from kernelm_scheduler.index import Ask, Index
-from kernelm_scheduler.preemption import movable
+from kernelm_scheduler.index import Index
+from kernelm_scheduler.queue import Ask
 from kernelm_scheduler.quotas import Ledger
 from kernelm_scheduler.room import Room
+from kernelm_scheduler.victims import movable
 
 MOVES = 64  # so many jobs are looked at for another place in one round
 
@@ -110,7 +111,7 @@ class Growing:
     def move(self, jobs: list[PlacedJob]) -> dict[str, Grown]:
         """Running jobs -> a place on faster devices that is free, where that pays."""
         moved: dict[str, Grown] = {}
-        able = [j for j in jobs if len(j.speeds) > 1 and j.remaining > 0 and movable(self.index, j, self.rules.rest_s)]
+        able = [j for j in jobs if len(j.speeds) > 1 and j.remaining > 0 and movable(j, self.index.now, self.rules.rest_s)]
         for job in sorted(able, key=lambda j: (-j.remaining / max(_speed(j), 1e-9), j.id))[:MOVES]:
             shares, plugin = allocation_of(job), job.plugins[0] if job.plugins else ""
             if plugin not in self.room.slots:

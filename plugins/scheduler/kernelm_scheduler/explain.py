@@ -4,8 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernelm_contracts.scheduler import PendingJob
-from kernelm_scheduler.amounts import listed, shortage, words
-from kernelm_scheduler.index import Ask, Index
+from kernelm_scheduler.amounts import any_of, listed, shortage, words
+from kernelm_scheduler.index import Index
+from kernelm_scheduler.queue import Ask
 from kernelm_scheduler.quotas import Ledger
 from kernelm_scheduler.room import Room
 from kernelm_sdk.system import Resources
@@ -56,6 +57,9 @@ def waits(job: PendingJob, ask: Ask, index: Index, room: Room) -> tuple[str, str
     """Why the job can't start now, and what would start it."""
     if not index.nodes:
         return "waits: no node has reported", "a node that reports"
+    if ask.members > 1 and 0 < (crew := room.crew(ask)) < ask.members:
+        whoever, more = any_of(ask.plugins), ask.members - crew
+        return f"waits: needs {ask.members} instances of {whoever} at once, and there are {crew}", f"start {more} more of {whoever}"
     if ask.summary is not None and ask.summary[0] == index.generation:
         return ask.summary[1]
     able = np.zeros(len(index.names), dtype=bool)
@@ -70,12 +74,12 @@ def waits(job: PendingJob, ask: Ask, index: Index, room: Room) -> tuple[str, str
 
 
 def _obstacle(ask: Ask, index: Index, room: Room, row: int) -> tuple[str, str]:
-    name, any_of = index.names[row], " or ".join(ask.plugins) or "any name"
+    name, whoever = index.names[row], any_of(ask.plugins)
     slots = [room.slots[p][row] for p in ask.plugins if p in room.slots and room.slots[p][row] >= 0]
     if not slots:
-        return f"no plugin of {any_of} is ready on node {name}", f"start {any_of} on node {name}"
+        return f"no plugin of {whoever} is ready on node {name}", f"start {whoever} on node {name}"
     if max(slots) <= 0:
-        return f"every instance of {any_of} on node {name} is at work", f"a job there ends, or another instance of {any_of}"
+        return f"every instance of {whoever} on node {name} is at work", f"a job there ends, or another instance of {whoever}"
     free = [float(x) for x in room.free[row, :3]]
     if short := shortage(ask.request, Resources(free[0], int(free[1]), int(free[2])), f"node {name}"):
         return f"{short} free", f"jobs on node {name} end, or a node with room"
@@ -86,7 +90,7 @@ def _obstacle(ask: Ask, index: Index, room: Room, row: int) -> tuple[str, str]:
 
 
 def _summary(ask: Ask, room: Room, able: NDArray[np.bool_]) -> tuple[str, str]:
-    any_of = " or ".join(ask.plugins) or "any name"
+    whoever = any_of(ask.plugins)
     what = f"{ask.members} times {words(ask.request)}" if ask.members > 1 else words(ask.request)
     what += f" and {_devices(ask)}" if ask.request.gpus else ""
     ready = np.zeros(len(able), dtype=bool)
@@ -94,8 +98,9 @@ def _summary(ask: Ask, room: Room, able: NDArray[np.bool_]) -> tuple[str, str]:
         ready |= room.slots[plugin] >= 0 if plugin in room.slots else False
     served = int((able & ready).sum())
     if not served:
-        return f"waits: no plugin of {any_of} is ready on any node that could hold it", f"start {any_of}"
+        return f"waits: no plugin of {whoever} is ready on any node that could hold it", f"start {whoever}"
     together = ", all at once" if ask.members > 1 else ""
-    nodes = f"none of {served} nodes has" if ask.members == 1 else f"{served} nodes together have not"
+    several = f"{served} nodes together have" if served > 1 else "the one node there is has"
+    nodes = f"none of {served} nodes has" if ask.members == 1 else f"{several} not"
     return f"waits: needs {what}{together}, {nodes} that free, beside what older or higher jobs wait for", \
-        f"jobs end there, more nodes, or more instances of {any_of}"  # fmt: skip
+        f"jobs end there, more nodes, or more instances of {whoever}"  # fmt: skip

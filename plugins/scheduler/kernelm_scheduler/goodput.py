@@ -17,7 +17,8 @@ from scipy.sparse import coo_array
 
 from kernelm_contracts.scheduler import PendingJob, PlacedJob, Share
 from kernelm_scheduler.amounts import amount_of, size, speed_of
-from kernelm_scheduler.index import Ask, Index, Matrix
+from kernelm_scheduler.index import Index, Matrix
+from kernelm_scheduler.queue import Ask
 from kernelm_scheduler.quotas import Ledger
 from kernelm_scheduler.room import Found, Room
 

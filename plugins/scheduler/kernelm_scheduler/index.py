@@ -1,14 +1,14 @@
 """The state of the cluster in the form in which it is decided on, kept from round to round and changed by deltas.
 
-An `Index` that was made by deltas gives the same decisions as one made of the whole state at once: sums are exact (`fsum`) and
+An `Index` that was made by deltas gives the same decisions as one made of the whole state at once: sums are exact (fractions) and
 do not depend on an order, nodes lie by name, jobs by rank. `tests/test_index.py` shows it for any sequence of changes.
 """
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable
+from fractions import Fraction
+from functools import lru_cache
 from itertools import chain
-from math import fsum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,40 +20,19 @@ from kernelm_contracts.scheduler import (
     ClusterState,
     ModelState,
     NodeState,
-    PendingJob,
     PlacedJob,
     Share,
     Tenant,
 )
-from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, amount_of, left_s, plannable, size, speed_at
+from kernelm_scheduler.amounts import CPU_TOLERANCE, Amount, allocation_of, plannable, size
+from kernelm_scheduler.ends import Ends
 from kernelm_scheduler.hooks import Scoring
-from kernelm_scheduler.ordering import rank
+from kernelm_scheduler.queue import Answers, Ask, Queue
 from kernelm_scheduler.settings import Settings
+from kernelm_scheduler.victims import Victims
 from kernelm_sdk.system import Resources
 
 Matrix = NDArray[np.float64]
-Entry = tuple[float, float, str, PendingJob, "Ask", float]  # rank, job, its class, run time
-
-
-class Ask:
-    """What jobs of one class ask for: if one of them finds no place, none of them does. `types`: of devices, the fastest first."""
-
-    def __init__(self, request: Resources, plugins: tuple[str, ...], tenant: str, members: int = 1, types: tuple[str, ...] = (),
-                 device_mb: int = 0, within: str = "", avoid: tuple[str, ...] = ()) -> None:  # fmt: skip
-        self.request, self.plugins, self.members, self.types = request, plugins, members, types
-        self.tenant, self.device_mb, self.within, self.avoid = tenant, device_mb, within, avoid
-        self.whole: Amount = amount_of(self.request, members)
-        r = self.request
-        self.key = (r.cpu, r.memory_mb, r.gpus, self.plugins, members, types, self.tenant, device_mb, within, avoid)
-        self.never: tuple[Any, str] | None = None  # cached: for which nodes and quotas, why not
-        self.summary: tuple[int, tuple[str, str]] | None = None  # cached: generation, why such a job waits
-        self.able: dict[str, tuple[int, NDArray[np.bool_]]] = {}  # cached by type: generation, nodes
-
-    @classmethod
-    def of(cls, job: PendingJob | PlacedJob) -> "Ask":
-        ranked = sorted(job.speeds, key=lambda s: (-speed_at(s, job.members), s.type))
-        types = tuple(s.type for s in ranked)
-        return cls(job.request, job.plugins, job.tenant, job.members, types, job.device_mb, job.within, job.avoid)
 
 
 class Index:
@@ -64,23 +43,22 @@ class Index:
         self.scoring: Scoring | None = None  # of distributions that are installed
         self.version, self.now, self.source = 0, 0.0, ""
         self.nodes: dict[str, NodeState] = {}
-        self.pending: dict[str, PendingJob] = {}
+        self.queue, self.answers = Queue(settings), Answers()
         self.placed: dict[str, PlacedJob] = {}
         self.models: dict[str, ModelState] = {}
         self.quotas: dict[str, Resources] = {}
         self.tenants: tuple[Tenant, ...] = ()
         self.actions: frozenset[Action] = frozenset()
-        self.order: list[Entry] = []
-        self.deadlines: set[str] = set()  # waiting jobs that have one
+        self.victims = Victims(settings.preemption)
+        self.elastic: set[str] = set()  # placed jobs that can use more members than the fewest
+        self.leaving: set[str] = set()  # placed jobs that were told to stop
+        self.estimated: set[str] = set()  # placed jobs whose end may be reckoned, from now on
         self.measured: set[str] = set()  # placed jobs with a speed-up curve
         self.plannable: set[str] = set()  # jobs that are sized together
-        self.asks: dict[str, Ask] = {}  # waiting job -> its class
         self.held: dict[str, Amount] = {}
         self.spread: dict[str, Matrix] = {}  # tenant -> its jobs on each node
         self.generation = 0  # grows when nodes change in more than what is free
-        self.ending: dict[str, list[tuple[float, int, Matrix]]] = {}  # placed job whose end is known -> end, row, amounts
-        self._classes: dict[Any, tuple[Ask, int]] = {}  # key -> class, jobs of it
-        self._of_tenant: dict[str, dict[str, Amount]] = {}  # tenant -> job or model -> what it holds
+        self._held: dict[str, tuple[Fraction, int, int]] = {}  # tenant -> cores, MiB, GPUs
         self._layout((), ())
 
     @classmethod
@@ -98,42 +76,49 @@ class Index:
         self.tenants = self.tenants if delta.tenants is None else delta.tenants
         self.actions = self.actions if delta.actions is None else frozenset(delta.actions)
         self._change_nodes(delta.nodes, delta.gone_nodes)
-        touched: set[str] = set()
         for id in chain(delta.gone, (j.id for j in delta.pending), (j.id for j in delta.placed)):
-            self._drop_placed(id, touched)
-        self._drop_pending([*delta.gone, *(j.id for j in delta.pending), *(j.id for j in delta.placed)])
+            self._drop_placed(id)
+        self.queue.drop(dict.fromkeys([*delta.gone, *(j.id for j in delta.pending), *(j.id for j in delta.placed)]))
         for job in delta.placed:
-            self.placed[job.id] = job
-            if job.speeds:
-                self.measured.add(job.id)
-            if plannable(job):
-                self.plannable.add(job.id)
-            self._ends(job)
-            self._hold(job.tenant, job.id, job.request, allocation_of(job), touched)
-        self._add_pending(delta.pending)
+            self._add_placed(job)
+        self.queue.add(delta.pending)
+        self.plannable.update(job.id for job in delta.pending if plannable(job))
         for name in (*delta.gone_models, *(m.name for m in delta.models)):
             if old := self.models.pop(name, None):
-                self._release(old.tenant, f"model {name}", old.allocation, touched)
+                self._hold(old.tenant, old.request, old.allocation, -1)
         for model in delta.models:
             self.models[model.name] = model
-            self._hold(model.tenant, f"model {model.name}", model.request, model.allocation, touched)
-        for tenant in touched:
-            parts = self._of_tenant.get(tenant, {}).values()
-            self.held[tenant] = (fsum(p[0] for p in parts), fsum(p[1] for p in parts), fsum(p[2] for p in parts))
+            self._hold(model.tenant, model.request, model.allocation, 1)
+
+    def _add_placed(self, job: PlacedJob) -> None:
+        self.placed[job.id] = job
+        self.victims.add(job)
+        reckoned = job.leaving or (job.ends <= 0 and (job.remaining > 0 or job.estimate_s > 0))
+        for ids, belongs in ((self.measured, bool(job.speeds)), (self.plannable, plannable(job)), (self.leaving, job.leaving),
+                             (self.elastic, job.most > job.members), (self.estimated, reckoned)):  # fmt: skip
+            if belongs:
+                ids.add(job.id)
+        self._ends(job)
+        self._hold(job.tenant, job.request, allocation_of(job), 1)
+
+    def _drop_placed(self, id: str) -> None:
+        for ids in (self.measured, self.plannable, self.elastic, self.leaving, self.estimated):
+            ids.discard(id)
+        if old := self.placed.pop(id, None):
+            self.ends.drop(id)
+            self.victims.drop(old)
+            self._hold(old.tenant, old.request, allocation_of(old), -1)
 
     def _ends(self, job: PlacedJob) -> None:
         if job.ends > 0 and not job.leaving:
-            self.ending[job.id] = [(job.ends, row, amount) for row, amount, _ in self.amounts(job.request, allocation_of(job))]
+            self.ends.add(job.id, job.ends, ((row, amount) for row, amount, _ in self.amounts(job.request, allocation_of(job))))
 
-    def _hold(self, tenant: str, id: str, request: Resources, shares: Iterable[Share], touched: set[str]) -> None:
-        touched.add(tenant)
-        self._of_tenant.setdefault(tenant, {})[id] = amount_of(request, size(shares))
-        self._count(tenant, shares, 1.0)
-
-    def _release(self, tenant: str, id: str, shares: Iterable[Share], touched: set[str]) -> None:
-        touched.add(tenant)
-        del self._of_tenant[tenant][id]
-        self._count(tenant, shares, -1.0)
+    def _hold(self, tenant: str, request: Resources, shares: tuple[Share, ...], sign: int) -> None:
+        cpu, memory_mb, gpus = self._held.get(tenant, (Fraction(), 0, 0))
+        n = sign * size(shares)
+        self._held[tenant] = held = cpu + n * _exactly(request.cpu), memory_mb + n * request.memory_mb, gpus + n * request.gpus
+        self.held[tenant] = float(held[0]), float(held[1]), float(held[2])
+        self._count(tenant, shares, float(sign))
 
     def _count(self, tenant: str, shares: Iterable[Share], sign: float) -> None:
         if tenant not in self.spread:
@@ -141,49 +126,6 @@ class Index:
         for share in shares:
             if (row := self.row.get(share.node)) is not None:
                 self.spread[tenant][row] += sign
-
-    def _drop_placed(self, id: str, touched: set[str]) -> None:
-        self.ending.pop(id, None)
-        self.measured.discard(id)
-        self.plannable.discard(id)
-        if old := self.placed.pop(id, None):
-            self._release(old.tenant, id, allocation_of(old), touched)
-
-    def _drop_pending(self, ids: list[str]) -> None:
-        old = [job for id in dict.fromkeys(ids) if (job := self.pending.pop(id, None))]
-        for job in old:
-            self.deadlines.discard(job.id)
-            ask, uses = self._classes[self.asks.pop(job.id).key]
-            if uses == 1:
-                del self._classes[ask.key]
-            else:
-                self._classes[ask.key] = ask, uses - 1
-        if len(old) * 16 > len(self.order):
-            gone = {job.id for job in old}
-            self.order = [entry for entry in self.order if entry[2] not in gone]
-        else:
-            for job in old:
-                del self.order[bisect_left(self.order, rank(job, self.settings))]  # type: ignore[type-var]
-
-    def _add_pending(self, jobs: tuple[PendingJob, ...]) -> None:
-        many = len(jobs) * 16 > len(self.order)
-        for job in jobs:
-            self.pending[job.id] = job
-            if plannable(job):
-                self.plannable.add(job.id)
-            ask = Ask.of(job)
-            ask, uses = self._classes.get(ask.key, (ask, 0))
-            self._classes[ask.key] = ask, uses + 1
-            self.asks[job.id] = ask
-            if job.deadline > 0:
-                self.deadlines.add(job.id)
-            entry = (*rank(job, self.settings), job, ask, left_s(job))
-            if many:
-                self.order.append(entry)
-            else:
-                insort(self.order, entry)
-        if many:
-            self.order.sort()
 
     # ---- nodes ----
 
@@ -211,13 +153,15 @@ class Index:
         self.column = {type: 3 + i for i, type in enumerate(types)}
         shape = (len(names), 3 + len(types))
         self.capacity: Matrix = np.zeros(shape)
+        self.scale: Matrix = np.ones((len(names), 4))  # of a score: the first three columns of `capacity`, and how many are not 0
+        self.plain: list[tuple[float, ...]] = [(1.0,) * 4] * len(names)  # the same in plain numbers
         self.free: Matrix = np.zeros(shape)
         self.device_mb: Matrix = np.zeros(shape)
         self.untyped: NDArray[np.bool_] = np.ones(len(names), dtype=bool)
         self.slots: dict[str, Matrix] = {}
         self.links: dict[str, list[int]] = {}
         self.caches: dict[str, dict[int, float]] = {}  # digest -> row -> how near: 0.5 in the cache, 1 loaded
-        self.spread, self.ending = {}, {}
+        self.spread, self.ends = {}, Ends(3 + len(types))
         for held in chain(self.placed.values(), self.models.values()):
             self._count(held.tenant, allocation_of(held) if isinstance(held, PlacedJob) else held.allocation, 1.0)
         for job in self.placed.values():
@@ -229,6 +173,9 @@ class Index:
         for matrix, resources in ((self.capacity, node.capacity), (self.free, node.free)):
             matrix[i, :3] = resources.cpu, resources.memory_mb, resources.gpus
             matrix[i, 3:] = 0.0
+        has = (node.capacity.cpu, float(node.capacity.memory_mb), float(node.capacity.gpus))
+        self.plain[i] = (*(amount if amount > 0 else np.inf for amount in has), max(sum(amount > 0 for amount in has), 1))
+        self.scale[i] = self.plain[i]
         for devices in node.devices:
             column = self.column[devices.type]
             self.capacity[i, column], self.free[i, column] = devices.count, devices.free
@@ -320,6 +267,11 @@ class Index:
         able = kept if kept.any() else able
         ask.able[type] = self.generation, able
         return able
+
+
+@lru_cache(maxsize=1024)
+def _exactly(cpu: float) -> Fraction:
+    return Fraction(cpu)
 
 
 def _built(node: NodeState) -> tuple[tuple[str, int, int, str], ...]:

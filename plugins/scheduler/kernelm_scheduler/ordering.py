@@ -32,7 +32,7 @@ def effective(job: PendingJob, now: float, settings: Settings) -> Rank:
 
 def overtaken_until(job: PendingJob, lead: int, settings: Settings) -> float:
     """Unix seconds from which on nobody who is submitted comes before the job, if no priority is higher by more than `lead`."""
-    return rank(job, settings)[0] + lead * settings.aging_s + settings.urgency_s
+    return rank(job, settings)[0] + (job.priority + lead) * settings.aging_s + settings.urgency_s
 
 
 def too_late(job: PendingJob, now: float) -> str:

@@ -6,26 +6,27 @@ what may be taken from others, and else get a reservation; what is left over mak
 Filter and score after the Kubernetes scheduling framework, age after Slurm's multifactor priority, quotas after Kueue.
 """
 
+from collections.abc import Iterable
 from heapq import heapify, heappop, heapreplace
 
 from kernelm_contracts.scheduler import Action, ClusterState, Decision, Decisions, ModelState, PendingJob, PlacedJob, Share
-from kernelm_scheduler.amounts import allocation_of, amount_of, duration, plannable, size, words
+from kernelm_scheduler.amounts import allocation_of, amount_of, cores, duration, named, plannable, size
 from kernelm_scheduler.backfill import Reservations
 from kernelm_scheduler.elastic import Growing
 from kernelm_scheduler.explain import impossible, waits
 from kernelm_scheduler.goodput import Holding, Planning
-from kernelm_scheduler.index import Ask, Entry, Index
-from kernelm_scheduler.ordering import effective, too_late, urgent
-from kernelm_scheduler.preemption import Offers, Piece, free_for, movable, without
+from kernelm_scheduler.index import Index
+from kernelm_scheduler.ordering import effective, too_late
+from kernelm_scheduler.preemption import Leaving, Offers, Piece, free_for, without
+from kernelm_scheduler.queue import Ask, Blocked, Entry, Line
 from kernelm_scheduler.quotas import Ledger
 from kernelm_scheduler.room import Found, Room
 from kernelm_scheduler.serving import wanted
 from kernelm_scheduler.settings import Settings
-from kernelm_sdk.system import Resources
+from kernelm_scheduler.victims import movable
 
-Blocked = tuple[str, str]  # why, and what would help
+Taken = tuple[Entry, Line]  # the next job of a class, and those behind it
 COMING: Blocked = ("waits: others make room for it", "they stop, at their next checkpoints")
-Answer = tuple[Blocked, bool]  # to a waiting job, and whether its start is known
 
 
 def decide(state: ClusterState, settings: Settings) -> Decisions:
@@ -37,24 +38,19 @@ def decided(index: Index) -> Decisions:
     """As `decide`, on a state that is kept."""
     round = Round(index)
     round.run()
-    waiting = [round.waiting(job, blocked) for job, blocked in round.waits]
-    return Decisions(index.version, (*round.first, *round.made, *waiting, *round.last))
+    decided = round.decided()
+    waiting = [entry for ask in index.queue.classes.values() for entry in ask.queue if entry[2] not in decided]
+    return round.answer(round.waits.get(entry[2]) or (entry[3], round.rest[entry[4]]) for entry in sorted(waiting))
 
 
-def news(index: Index, answered: dict[str, Answer]) -> Decisions:
-    """As `decided`, without the waits that are as in the last answer (`answered`, which is brought up to date)."""
+def news(index: Index) -> Decisions:
+    """As `decided`, without the waits that are as in the last answer."""
     round = Round(index)
     round.run()
-    fresh: list[Decision] = []
-    now: dict[str, Answer] = {}
-    for job, blocked in round.waits:
-        answer = (blocked, job.id in round.reserved)
-        now[job.id] = answer
-        if answered.get(job.id) != answer:
-            fresh.append(round.waiting(job, blocked))
-    answered.clear()
-    answered.update(now)
-    return Decisions(index.version, (*round.first, *round.made, *fresh, *round.last))
+    own = {id: (blocked, id in round.reserved) for id, (_, blocked) in round.waits.items()}
+    fresh = index.answers.changed(index.queue, own, round.rest, round.decided())
+    jobs = index.queue
+    return round.answer(round.waits.get(id) or (jobs.jobs[id], round.rest[jobs.asks[id]]) for id in fresh)
 
 
 def order(state: ClusterState, settings: Settings) -> list[PendingJob]:
@@ -74,7 +70,8 @@ class Round:
         self.last: list[Decision] = []  # what takes what is left over
         self.changed: dict[str, tuple[Share, ...]] = {}  # placed job -> its new allocation; () for stopped
         self.placed: list[tuple[int, PendingJob, tuple[Share, ...], str]] = []  # index in `made`, job, where, plugin
-        self.waits: list[tuple[PendingJob, Blocked]] = []
+        self.waits: dict[str, tuple[PendingJob, Blocked]] = {}  # jobs that were taken by themselves
+        self.rest: dict[Ask, Blocked] = {}  # what the other jobs of a class are told
         self.reservations = Reservations(index, self.room, self.changed)
         self.helped = 0
         self._offers: Offers | None = None
@@ -82,8 +79,7 @@ class Round:
         self._dead: dict[Ask, Blocked] = {}  # class -> what is in the way of all of it
         self._dead_short: dict[Ask, Blocked] = {}  # the same for jobs that end before the first reservation
         self._full: dict[Ask, Blocked] = {}  # class -> what its quota is short of
-        self._beyond: set[Ask] = set()  # classes that would borrow
-        self._leaving = sorted((p for p in index.placed.values() if p.leaving), key=lambda p: p.id)
+        self._leaving = Leaving(index, self.room, self.ledger)
         self._coming: set[str] = set()  # jobs for which others are being stopped already
         self._done: set[str] = set()  # jobs that were helped to a place
         self._hoping: list[PendingJob] = []  # elastic jobs that found no room: the plan may make some
@@ -102,62 +98,93 @@ class Round:
         if "migrate" in self.index.actions:
             self._move()
 
+    def decided(self) -> set[str]:
+        """The jobs that do not wait any more."""
+        return {d.job for decisions in (self.made, self.last) for d in decisions}
+
+    def answer(self, waits: Iterable[tuple[PendingJob, Blocked]]) -> Decisions:
+        waiting = [self._waiting(job, blocked) for job, blocked in waits]
+        return Decisions(self.index.version, (*self.first, *self.made, *waiting, *self.last))
+
     # ---- in order ----
 
-    def _in_order(self) -> list[Entry]:
-        pending, entries = self.index.pending, self.index.order
-        late = {id for id in self.index.deadlines if urgent(pending[id], self.now, self.settings)}
-        if not late:
-            return entries
-        return sorted((*effective(e[3], self.now, self.settings), *e[3:]) if e[2] in late else e for e in entries)
-
-    def _within_nominal(self) -> list[Entry]:
-        """Take the jobs whose tenant stays within its nominal quota; the others, in order."""
-        others: list[Entry] = []
-        tenants, beyond = self.ledger.tenants, self._beyond
-        full, dead, dead_short = self._full, self._dead, self._dead_short
-        for entry in self._in_order():
-            ask = entry[4]
-            if ask in beyond:
-                others.append(entry)
-                continue
-            if self._over and (blocked := full.get(ask) or (dead[ask] if ask in dead and ask in dead_short else None)):
-                self.waits.append((entry[3], blocked))  # as `_take`: the way of nearly all, in a long queue
-                continue
-            more = ask.tenant in tenants and self.ledger.borrows(ask.tenant, ask.whole)
-            if more and not impossible(ask, self.index, self.ledger):
-                beyond.add(ask)
-                others.append(entry)
+    def _within_nominal(self) -> dict[str, list[Taken]]:
+        """Take the jobs whose tenant stays within its nominal quota; the others, by tenant."""
+        others: dict[str, list[Taken]] = {}
+        heap = [(entry, line) for line in self.index.queue.lines(self.now) if (entry := line.next())]
+        heapify(heap)
+        while heap:
+            entry, ask = heap[0][0], heap[0][0][4]
+            if self._borrows(ask):
+                others.setdefault(ask.tenant, []).append(heappop(heap))
             else:
                 self._take(entry)
+                self._go_on(heap)
         return others
 
-    def _borrowing(self, entries: list[Entry]) -> None:
+    def _borrows(self, ask: Ask) -> bool:
+        if ask.tenant not in self.ledger.tenants or not self.ledger.borrows(ask.tenant, ask.whole):
+            return False
+        return not impossible(ask, self.index, self.ledger)
+
+    def _borrowing(self, others: dict[str, list[Taken]]) -> None:
         """Take jobs that borrow: always the next of the tenant with the smallest share over its weight."""
-        queues: dict[str, list[Entry]] = {}
-        for entry in reversed(entries):
-            queues.setdefault(entry[4].tenant, []).append(entry)
-        heap = [(self.ledger.share(tenant), tenant) for tenant in queues]
+        for lines in others.values():
+            heapify(lines)
+        heap = [(self.ledger.share(tenant), tenant) for tenant in others]
         heapify(heap)
         while heap:
             share, tenant = heap[0]
             if (now := self.ledger.share(tenant)) != share:  # it has taken something since, or something was taken from it
                 heapreplace(heap, (now, tenant))
                 continue
-            queue = queues[tenant]
-            while queue and not self._take(queue.pop()):
-                pass
-            if not queue:
+            lines, placed = others[tenant], False
+            while lines and not placed:
+                placed = self._take(lines[0][0])
+                self._go_on(lines)
+            if not lines:
                 heappop(heap)
+
+    def _go_on(self, heap: list[Taken]) -> None:
+        """From the first job of the heap to the next one of its class that something can be done for; those between wait."""
+        entry, line = heap[0]
+        ask = entry[4]
+        full = self._full.get(ask)
+        if self._over and not full and ask in self._dead and ask not in self._dead_short and not self.room.find(ask, (), True):
+            self._dead_short[ask] = self._dead[ask]
+        long, short = full or self._dead.get(ask), full or self._dead_short.get(ask)
+        blocked = self.rest.get(ask) or long or short
+        following: Entry | None
+        if blocked is None or self._may_help or (long or blocked) != blocked or (short or blocked) != blocked:
+            following = line.next()  # something may be done for each, or each has its own words
+        else:
+            self.rest[ask] = blocked
+            reserving = not full and not self._over
+            following = None if long and short and not reserving else line.next(
+                lambda e: (short if self._short(e) else long) is None or (reserving and self._due(e[3])))  # fmt: skip
+        if following is None:
+            heappop(heap)
+        else:
+            heapreplace(heap, (following, line))
+
+    def _short(self, entry: Entry) -> bool:
+        """Whether the job ends before the first reservation."""
+        return 0 < entry[5] <= self.reservations.until - self.now
+
+    def _due(self, job: PendingJob) -> bool:
+        """Whether room may be kept, or be made by the plan, for a job that found none."""
+        if self._plans and plannable(job):
+            return True
+        first = self.reservations.count == 0
+        return not self.reservations.full and (first or self.now - job.submitted >= self.settings.reserve_after_s)
 
     def _take(self, entry: Entry) -> bool:
         """Place, reject, or make wait; whether it is placed."""
-        _, _, _, job, ask, left = entry
-        short = 0 < left <= self.reservations.until - self.now
+        job, ask, short = entry[3], entry[4], self._short(entry)
         blocked = self._full.get(ask) or (self._dead_short if short else self._dead).get(ask)
         if blocked is not None:
             if self._over or not self._late(job, ask):  # nothing can be done for it: the way of nearly all, in a long queue
-                self.waits.append((job, blocked))
+                self._wait(job, blocked)
                 return False
         elif never := impossible(ask, self.index, self.ledger):
             self.made.append(Decision(job.id, "reject", reason=never))
@@ -186,8 +213,7 @@ class Round:
             return False
         if self._help(job, ask):
             return True
-        first = self.reservations.count == 0
-        if self.reservations.full or not (first or self.now - job.submitted >= self.settings.reserve_after_s):
+        if not self._due(job):
             self._over = self.reservations.full and not self._may_help
             return False
         self.reserved[job.id] = self.reservations.reserve(job, ask)
@@ -198,17 +224,18 @@ class Round:
         return self.helped < self.settings.preemption.heads and bool(self.index.actions & {"preempt", "resize"})
 
     def _wait(self, job: PendingJob, blocked: Blocked) -> None:
-        self.waits.append((job, COMING if job.id in self._coming else blocked))
+        self.waits[job.id] = job, COMING if job.id in self._coming else blocked
 
     def _place(self, job: PendingJob, ask: Ask, found: Found, short: bool = False, why: str = "") -> None:
         row = found.rows[0][0]
         score = self.room.score(ask, found, job.artifacts)
-        node, free = self.index.names[row], [float(x) for x in self.room.free[row, :3]]
+        node = self.index.names[row]
         if ask.members == 1:
-            reason = (f"{found.plugin} on {node}, which has {words(Resources(free[0], int(free[1]), int(free[2])))} free; packing "
-                      f"{score.packing:.2f}, locality {score.locality:.2f}, spread {score.spread:.2f}")  # fmt: skip
+            cpu, memory_mb = self.room.free[row, :2].tolist()
+            reason = (f"{named(found.plugin)} on {node}, which has {cores(cpu)} and {memory_mb:.0f} MiB free; "
+                      f"packing {score.packing:.2f}, locality {score.locality:.2f}, spread {score.spread:.2f}")  # fmt: skip
         else:
-            reason = f"{found.plugin}, {ask.members} members on {len(found.rows)} nodes"
+            reason = f"{named(found.plugin)}, {ask.members} members on {len(found.rows)} nodes"
         shares = self.room.take(ask, found, short)
         self.ledger.take(job.tenant, ask.whole)
         self.reservations.started(job, shares)
@@ -217,7 +244,7 @@ class Round:
         allocation = () if plain else shares
         self.made.append(Decision(job.id, "place", node, found.plugin, reason + why, round(found.score, 4), allocation))
 
-    def waiting(self, job: PendingJob, blocked: Blocked) -> Decision:
+    def _waiting(self, job: PendingJob, blocked: Blocked) -> Decision:
         reason = blocked[0] + too_late(job, self.now)
         return Decision(job.id, "wait", reason=reason, starts=self.reserved.get(job.id, 0.0), remedy=blocked[1])
 
@@ -228,7 +255,7 @@ class Round:
         if not self._may_help:
             return False
         self.helped += 1
-        if self._comes_free(ask, job):
+        if self._leaving.enough_for(job, ask):
             self._coming.add(job.id)
             return False
         freed = free_for(job, ask, self._offered, self.room, self.ledger, self.changed)
@@ -247,20 +274,6 @@ class Round:
         if self._offers is None:
             self._offers = Offers(self.index)
         return self._offers
-
-    def _comes_free(self, ask: Ask, job: PendingJob) -> bool:
-        """Whether what is being stopped already makes room enough."""
-        self._let_go(1)
-        allowed = bool(self._leaving) and not self.ledger.shortage(job.tenant, ask.whole)
-        enough = allowed and self.room.find(ask, job.artifacts) is not None
-        self._let_go(-1)
-        return enough
-
-    def _let_go(self, sign: int) -> None:
-        """Put what is being stopped back into the room; take it again, with sign -1."""
-        for victim in self._leaving:
-            self.room.release(victim, float(sign))
-            self.ledger.take(victim.tenant, amount_of(victim.request, -sign * size(allocation_of(victim))))
 
     def _record(self, pieces: tuple[Piece, ...], whom: str) -> None:
         """Decisions for what was taken: stop, or shrink."""
@@ -294,7 +307,7 @@ class Round:
         probe = PendingJob(f"model {model.name}", model.name, model.request, model.plugins, model.priority, model.tenant,
                            artifacts=(model.artifact,) if model.artifact else ())  # fmt: skip
         ask, added = Ask(model.request, model.plugins, model.tenant, 1, (model.type,) if model.type else ()), 0
-        for _ in range(max(count - model.replicas - self._coming_for(probe, ask, count - model.replicas), 0)):
+        for _ in range(max(count - model.replicas - self._leaving.replicas(probe, ask, count - model.replicas), 0)):
             found = None
             if not self.ledger.shortage(model.tenant, ask.whole):
                 found = self.room.find(ask, probe.artifacts)
@@ -316,37 +329,12 @@ class Round:
         short = f", {count - size(allocation)} more find no room" if size(allocation) < count else ""
         self.first.append(Decision(model.name, "scale", node, plugin, why + short, 0.0, allocation))
 
-    def _coming_for(self, probe: PendingJob, ask: Ask, count: int) -> int:
-        """How many of so many further replicas find room only in what is being stopped already: nobody else is stopped for them,
-        and what is free of it is kept for them."""
-        if not self._leaving or count <= 0:
-            return 0
-        here = 0
-        taken: list[tuple[Share, ...]] = []
-        for leaving in (False, True):
-            if leaving:
-                self._let_go(1)
-            while len(taken) < count and not self.ledger.shortage(probe.tenant, ask.whole):
-                found = self.room.find(ask, probe.artifacts)
-                if found is None:
-                    break
-                taken.append(self.room.take(ask, found))
-                self.ledger.take(probe.tenant, ask.whole)
-            here = here if leaving else len(taken)
-        for shares in taken:
-            self.room.give(ask.request, shares, ask.plugins[0])
-            self.ledger.give(probe.tenant, ask.whole)
-        self._let_go(-1)
-        for shares in taken[here:]:
-            self.room.keep(ask.request, shares)
-        return len(taken) - here
-
     # ---- what is left over ----
 
     def _resting(self) -> list[PlacedJob]:
         rest_s = self.settings.elastic.rest_s
         placed = [self.index.placed[id] for id in sorted(self.index.measured) if id not in self.changed]
-        return [p for p in placed if movable(self.index, p, rest_s)]
+        return [p for p in placed if movable(p, self.now, rest_s)]
 
     def _may_plan(self) -> bool:
         """Whether elastic jobs are sized together, and not one member after the other."""
@@ -372,7 +360,8 @@ class Round:
             reason = f"{members} members on {kind}: most goodput, by what is left of each job"
             self.last.append(Decision(id, action, shares[0].node, plugin, reason, 0.0, shares))
         self.made = [d for d in self.made if d.job not in changed]
-        self.waits = [w for w in self.waits if w[0].id not in changed]
+        for id in changed:
+            self.waits.pop(id, None)
 
     def _grow(self) -> None:
         new = {job.id: (at, job, shares, plugin) for at, job, shares, plugin in self.placed}

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from kernelm_contracts.scheduler import PendingJob, PlacedJob, Share
 from kernelm_scheduler.amounts import allocation_of, amount_of, end_of, left_s, size, speed_of
-from kernelm_scheduler.index import Ask, Index
+from kernelm_scheduler.index import Index
+from kernelm_scheduler.queue import Ask
 from kernelm_scheduler.quotas import Ledger
 from kernelm_scheduler.room import Found, Room
-
-Right = Callable[[PlacedJob], str]
+from kernelm_scheduler.victims import Kind, movable
 
 
 class Piece(NamedTuple):
@@ -33,69 +33,111 @@ class Freed(NamedTuple):
     found: Found
 
 
-def movable(index: Index, job: PlacedJob, rest_s: float) -> bool:
-    return job.movable and not job.leaving and index.now - job.started >= rest_s
+class Right:
+    """By what right a waiting job may stop placed ones."""
 
+    def __init__(self, job: PendingJob, ask: Ask, index: Index, ledger: Ledger) -> None:
+        self.job, self.now, self.ledger = job, index.now, ledger
+        self._owner = not ledger.borrows(job.tenant, ask.whole)
+        self._shorter = index.settings.preemption.shorter
+        self._mine = left_s(job) if self._shorter else 0.0
+        self._kinds: dict[Kind, str] = {}
 
-def right_of(job: PendingJob, ask: Ask, index: Index, ledger: Ledger) -> Right:
-    """By what right, in words, `job` may stop a placed one; "" for none."""
-    owner = not ledger.borrows(job.tenant, ask.whole)
-    cohort, shorter = ledger.cohort(job.tenant), index.settings.preemption.shorter
-    mine = left_s(job) if shorter else 0.0
-    kinds: dict[tuple[str, int, bool], str] = {}
+    def may(self, kind: Kind) -> bool:
+        """Whether any job of the kind may be stopped."""
+        if kind not in self._kinds:
+            self._kinds[kind] = self._by_kind(kind)
+        return bool(self._kinds[kind]) or (self._mine > 0 and kind.tenant == self.job.tenant)
 
-    def right(victim: PlacedJob) -> str:
-        kind = (victim.tenant, victim.priority, victim.preemptible)
-        if kind not in kinds:
-            kinds[kind] = by_kind(victim)
-        related = not kinds[kind] and mine > 0 and victim.tenant == job.tenant
-        if related and mine < shorter * (end_of(victim, index.now) - index.now):
+    def why(self, victim: PlacedJob) -> str:
+        """In words; "" for no right."""
+        kind = Kind.of(victim)
+        if self.may(kind) and not self._kinds[kind] and self._mine < self._shorter * (end_of(victim, self.now) - self.now):
             return "it is much longer"
-        return kinds[kind]
+        return self._kinds[kind]
 
-    def by_kind(victim: PlacedJob) -> str:
-        if victim.preemptible and not job.preemptible:
+    def _by_kind(self, kind: Kind) -> str:
+        job, ledger = self.job, self.ledger
+        if kind.preemptible and not job.preemptible:
             return "it is preemptible"
-        if victim.priority < job.priority:
-            return f"its priority is {victim.priority}, not {job.priority}"
-        neighbour = cohort and victim.tenant != job.tenant and ledger.cohort(victim.tenant) == cohort
-        if neighbour and owner and ledger.borrows(victim.tenant):
-            return f"tenant {job.tenant} takes back what tenant {victim.tenant} has borrowed"
+        if kind.priority < job.priority:
+            return f"its priority is {kind.priority}, not {job.priority}"
+        cohort = ledger.cohort(job.tenant)
+        neighbour = cohort and kind.tenant != job.tenant and ledger.cohort(kind.tenant) == cohort
+        if neighbour and self._owner and ledger.borrows(kind.tenant):
+            return f"tenant {job.tenant} takes back what tenant {kind.tenant} has borrowed"
         return ""
-
-    return right
 
 
 class Offers:
-    """All that could be taken from placed jobs in one round, the cheapest first."""
+    """What could be taken from placed jobs in one round, the cheapest first."""
 
     def __init__(self, index: Index) -> None:
-        self.index, rules = index, index.settings.preemption
-        placed = index.placed.values()
+        self.index, self.rules = index, index.settings.preemption
         self._surplus: list[Piece] = []
         if "resize" in index.actions:
-            elastic = [j for j in placed if j.most > j.members and movable(index, j, index.settings.elastic.rest_s)]
+            elastic = [j for id in index.elastic if movable(j := index.placed[id], index.now, index.settings.elastic.rest_s)]
             found = [piece for job in elastic for piece in _surplus(job)]
             self._surplus = [piece for _, piece in sorted(found, key=lambda f: (f[0], f[1].job.id))]
-        self._jobs: list[PlacedJob] = []
-        if "preempt" in index.actions:
-            able = [p for p in placed if p.preemptions < rules.most and movable(index, p, rules.rest_s)]
-            self._jobs = sorted(able, key=self._cost)
-
-    def _cost(self, job: PlacedJob) -> tuple[bool, int, float, float, str]:
-        lost = self.index.now - max(job.checkpointed, job.started) + job.restart_s
-        return (not job.preemptible, job.priority, lost * size(allocation_of(job)), -job.started, job.id)
 
     def to(self, right: Right, changed: Container[str]) -> list[Piece]:
         """What a job with such a right may have, without jobs that were changed already."""
-        most = self.index.settings.preemption.victims
-        found = [piece for piece in self._surplus if piece.job.id not in changed][:most]
-        for job in self._jobs if len(found) < most else ():
-            if (why := right(job)) and job.id not in changed:
+        found = [piece for piece in self._surplus if piece.job.id not in changed][: self.rules.victims]
+        if "preempt" not in self.index.actions or len(found) >= self.rules.victims:
+            return found
+        for job in self.index.victims.cheapest(self.index.now, right.may):
+            if job.id not in changed and (why := right.why(job)):
                 found.append(Piece(job, allocation_of(job), True, why))
-                if len(found) >= most:
+                if len(found) >= self.rules.victims:
                     break
         return found
+
+
+class Leaving:
+    """The placed jobs that were told to stop: what they hold will be free soon, and nobody else need be stopped for it."""
+
+    def __init__(self, index: Index, room: Room, ledger: Ledger) -> None:
+        self._jobs = [index.placed[id] for id in sorted(index.leaving)]
+        self._room, self._ledger = room, ledger
+
+    def enough_for(self, job: PendingJob, ask: Ask) -> bool:
+        """Whether `job` has room when they have gone."""
+        if not self._jobs or self._ledger.shortage(job.tenant, ask.whole):
+            return False
+        self._let_go(1)
+        enough = self._room.find(ask, job.artifacts) is not None
+        self._let_go(-1)
+        return enough
+
+    def replicas(self, probe: PendingJob, ask: Ask, count: int) -> int:
+        """How many of so many further replicas find room only when they have gone; what is free of it now is kept for them."""
+        if not self._jobs or count <= 0:
+            return 0
+        room, ledger, here = self._room, self._ledger, 0
+        taken: list[tuple[Share, ...]] = []
+        for leaving in (False, True):
+            if leaving:
+                self._let_go(1)
+            while len(taken) < count and not ledger.shortage(probe.tenant, ask.whole):
+                found = room.find(ask, probe.artifacts)
+                if found is None:
+                    break
+                taken.append(room.take(ask, found))
+                ledger.take(probe.tenant, ask.whole)
+            here = here if leaving else len(taken)
+        for shares in taken:
+            room.give(ask.request, shares, ask.plugins[0])
+            ledger.give(probe.tenant, ask.whole)
+        self._let_go(-1)
+        for shares in taken[here:]:
+            room.keep(ask.request, shares)
+        return len(taken) - here
+
+    def _let_go(self, sign: int) -> None:
+        """Put what they hold back into the room; take it again, with sign -1."""
+        for victim in self._jobs:
+            self._room.release(victim, float(sign))
+            self._ledger.take(victim.tenant, amount_of(victim.request, -sign * size(allocation_of(victim))))
 
 
 def _surplus(job: PlacedJob) -> list[tuple[float, Piece]]:
@@ -116,7 +158,7 @@ def _surplus(job: PlacedJob) -> list[tuple[float, Piece]]:
 def free_for(job: PendingJob, ask: Ask, offers: Offers, room: Room, ledger: Ledger, changed: Container[str]) -> Freed | None:
     """The fewest pieces, from the cheapest, that let `job` in, already taken from `room` and `ledger`; None, and nothing
     changed, if none do."""
-    offered = offers.to(right_of(job, ask, offers.index, ledger), changed)
+    offered = offers.to(Right(job, ask, offers.index, ledger), changed)
 
     def fits() -> Found | None:
         return None if ledger.shortage(job.tenant, ask.whole) else room.find(ask, job.artifacts)

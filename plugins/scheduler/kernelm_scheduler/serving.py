@@ -81,10 +81,11 @@ def wanted(model: ModelState, now: float, rules: Serving) -> tuple[int, str]:
         return max(low, min(up, high)), f"{load}: {up} replicas answer them{objective}"
     if model.replicas > high:
         return high, f"at most {high} replicas"
-    if late or now - model.scaled < rules.down_after_s:
-        return model.replicas, ""
-    if low == 0 and model.replicas and model.idle_s >= (model.zero_after_s or rules.idle_s) and not model.queue:
+    settled_s, zero_after_s = now - model.scaled, model.zero_after_s or rules.idle_s
+    if low == 0 and model.replicas and min(model.idle_s, settled_s) >= zero_after_s and not model.queue:
         return 0, f"no call for {model.idle_s:.0f} s"
+    if late or settled_s < rules.down_after_s:
+        return model.replicas, ""
     down = max(needed(model, model.arrivals_per_s * rules.spare, rules), low, 1)
     if down < model.replicas:
         return down, f"{load}: {down} replicas are enough, with {rules.spare:g} times the calls"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernelm_contracts.scheduler import ClusterState, NodeState, PendingJob, PlacedJob
 from kernelm_scheduler.amounts import CPU_TOLERANCE
-from kernelm_scheduler.policy import decide, order
+from kernelm_scheduler.policy import Round, decide, order
 from kernelm_scheduler.settings import Settings, Weights
 from kernelm_sdk.system import Resources
 
@@ -180,6 +180,16 @@ def test_a_stream_of_small_jobs_does_not_starve_a_large_one() -> None:
     assert started is not None
     assert started <= DEFAULTS.aging_s + 10.0 + 5.0  # it has caught up with priority 1 by then; the last small ones end
     assert simulate(reservations=0) is None  # the reservation is what does it
+
+
+def test_who_is_decided_on_is_gathered_once_a_round_and_not_for_each_waiting_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Round] = []
+    decided = Round.decided
+    monkeypatch.setattr(Round, "decided", lambda round: asked.append(round) or decided(round))
+    waiting = tuple(job(f"j{n}", submitted=float(n)) for n in range(20))
+    answer = decide(ClusterState(1, 1000.0, (node(),), waiting), DEFAULTS)
+    assert [d.action for d in answer.decisions] == ["place"] * 2 + ["wait"] * 18
+    assert len(asked) == 1
 
 
 def test_settings_refuse_what_makes_no_sense() -> None:

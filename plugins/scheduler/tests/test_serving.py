@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -62,6 +62,7 @@ OBJECTIVES = st.sampled_from((0.0, 100.0, 400.0, 2000.0))
 
 
 @given(ARRIVALS, ARRIVALS, RATES, st.integers(0, 200), OBJECTIVES)
+@settings(deadline=None)
 def test_more_load_never_needs_less_and_a_faster_replica_never_more(a: float, more: float, rate: float, queue: int,
                                                                     ms: float) -> None:  # fmt: skip
     model = replace(MODEL, rate_per_s=rate, queue=queue, objective_ms=ms)
@@ -72,6 +73,7 @@ def test_more_load_never_needs_less_and_a_faster_replica_never_more(a: float, mo
 
 
 @given(st.floats(0.1, 200.0), RATES)
+@settings(deadline=None)
 def test_what_is_needed_meets_the_objective_and_one_less_does_not(arrivals: float, rate: float) -> None:
     objective_s = 3.0 / rate
     count = needed(replace(MODEL, rate_per_s=rate, objective_ms=1000.0 * objective_s), arrivals, replace(RULES, variation=1.0))
@@ -86,6 +88,7 @@ def test_what_is_needed_meets_the_objective_and_one_less_does_not(arrivals: floa
 
 
 @given(st.integers(0, 8), st.floats(0.0, 60.0), RATES, st.integers(0, 30), OBJECTIVES, st.integers(0, 2), st.integers(2, 8))
+@settings(deadline=None)
 def test_a_constant_load_never_makes_it_flap(has: int, arrivals: float, rate: float, queue: int, ms: float, low: int,
                                              high: int) -> None:  # fmt: skip
     model = replace(MODEL, replicas=has, arrivals_per_s=arrivals, rate_per_s=rate, queue=queue, objective_ms=ms, minimum=low,
@@ -124,6 +127,8 @@ def test_a_deployment_says_itself_when_it_goes_to_zero() -> None:
     assert wanted(idle, 2000.0, RULES) == (1, "")
     assert wanted(replace(idle, zero_after_s=20.0), 2000.0, RULES)[0] == 0
     assert wanted(replace(idle, zero_after_s=20.0, minimum=1), 2000.0, RULES) == (1, "")
+    assert wanted(replace(idle, zero_after_s=20.0), idle.scaled + 25.0, RULES)[0] == 0  # before `down_after_s`, which is for fewer
+    assert wanted(replace(idle, zero_after_s=20.0), idle.scaled + 15.0, RULES)[0] == idle.replicas
 
 
 def test_nobody_else_is_stopped_for_a_replica_that_room_is_being_made_for() -> None:

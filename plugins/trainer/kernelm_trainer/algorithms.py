@@ -1,7 +1,11 @@
-"""The optimization algorithms for encoders, their learning rates and their schedule.
+"""The optimization algorithms and their learning rates.
 
 sgd, momentum, rmsprop, adam, adamw, adafactor and muon are torch's. Lion is below, from Chen et al., "Symbolic
-Discovery of Optimization Algorithms" (2023), algorithm 2.
+Discovery of Optimization Algorithms" (2023), algorithm 2. Each is tested against the rule of its paper.
+
+Adam is often written without the correction of its moments' bias towards zero (m and v themselves in place of m / (1 - beta1^t)
+and v / (1 - beta2^t)). Torch's corrects it, as Kingma and Ba's algorithm 1 does; without it the first step would be 3.16 times as
+long. Decay is an L2 penalty in sgd, momentum, rmsprop and adam, and decoupled from the gradient in the others.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +17,7 @@ from torch import nn
 # Peak of the schedule where the request gives none. AdamW's was measured (README.md), the others are customary values.
 LEARNING_RATES = {"sgd": 0.5, "momentum": 0.05, "rmsprop": 5e-5, "adam": 1e-4, "adamw": 1e-4, "adafactor": 1e-3,
                   "lion": 2e-5, "muon": 1e-4}  # fmt: skip
+HEADS = ("head.", "lm_head.", "classifier.")  # of our classifiers, and of transformers' models
 
 
 class Lion(torch.optim.Optimizer):
@@ -48,7 +53,8 @@ def build(algorithm: str, model: nn.Module, weight_decay: float) -> list[torch.o
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if algorithm != "muon":
         return [_single(algorithm, _groups([p for _, p in named], weight_decay))]
-    matrices = [p for name, p in named if p.ndim == 2 and "embeddings" not in name and not name.startswith("head.")]
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    matrices = [p for name, p in named if p.ndim == 2 and id(p) not in embeddings and not name.startswith(HEADS)]
     chosen = set(map(id, matrices))
     rest = [p for _, p in named if id(p) not in chosen]
     # "match_rms_adamw" scales the update to AdamW's, so that both take the same learning rate
@@ -78,14 +84,6 @@ def _single(algorithm: str, groups: list[dict[str, Any]]) -> torch.optim.Optimiz
         case "lion":
             return Lion(groups, lr=1.0)
     raise ValueError(f"no such algorithm: {algorithm}")
-
-
-def rate_at(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate at `step` (0 is the first): it rises linearly over `warmup` of `steps`, then falls to 0."""
-    rising = round(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    return (steps - step) / max(1, steps - rising)
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:

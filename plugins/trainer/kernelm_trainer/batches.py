@@ -35,3 +35,10 @@ def padded(rows: Sequence[NDArray[np.int64]], pad: int) -> tuple[torch.Tensor, t
         ids[i, : len(row)] = torch.from_numpy(row)
         mask[i, : len(row)] = 1
     return ids, mask
+
+
+def poisson(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """As many batches, of rows that are each drawn with the same probability, `size` on average; some may be empty. What is known
+    of differential privacy rests on this way of drawing (Mironov et al., "Renyi DP of the sampled Gaussian mechanism", 2019)."""
+    random = np.random.default_rng((seed, epoch))
+    return [np.flatnonzero(random.random(len(lengths)) < size / len(lengths)) for _ in range(-(-len(lengths) // size))]

@@ -23,11 +23,8 @@ from torch import nn
 from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_trainer.batches import longest_first, padded
 from kernelm_trainer.corpus import Corpus
-
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
-NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+from kernelm_trainer.pretrained import check_base, own_memory
+from kernelm_trainer.task import Tensors
 
 
 class Classifier(nn.Module):
@@ -41,9 +38,7 @@ class Classifier(nn.Module):
 
     def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The mean of the last hidden states over the tokens that are not padding, [batch, hidden] float32."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-        weight = attention_mask.unsqueeze(-1).float()
-        return (hidden * weight).sum(1) / weight.sum(1)
+        return mean(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits, [batch, labels] float32."""
@@ -52,14 +47,10 @@ class Classifier(nn.Module):
             return self.head(pooled)
 
 
-def check_base(folder: Path) -> None:
-    """ClientFault if `folder` holds a pickle ("pickle_refused") or is no Hugging Face folder ("invalid_base")."""
-    if pickles := sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in PICKLES):
-        raise ClientFault("pickle_refused", f"base: {pickles[0]} is a pickle, which can run code when it is read",
-                          "convert the weights to safetensors and store the folder without the pickle")  # fmt: skip
-    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
-        raise ClientFault("invalid_base", f"base: {missing[0]} is missing",
-                          f"give an artifact that holds {', '.join(NEEDED)}")  # fmt: skip
+def mean(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Of `hidden` [batch, tokens, hidden] over the tokens that are not padding, [batch, hidden] float32."""
+    weight = attention_mask.unsqueeze(-1).float()
+    return (hidden.float() * weight).sum(1) / weight.sum(1)
 
 
 def load(folder: Path, corpus: Corpus, layers: int, dropout: float) -> Classifier:
@@ -86,8 +77,7 @@ def load(folder: Path, corpus: Corpus, layers: int, dropout: float) -> Classifie
         raise ClientFault("invalid_base", f"base: model.safetensors lacks {sorted(info['missing_keys'])[0]}",
                           "give weights that belong to config.json")  # fmt: skip
     model = Classifier(encoder, len(corpus.labels), dropout)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # off the mapped file, to torch's alignment: the same bits in every run
+    own_memory(model)
     return model
 
 
@@ -147,19 +137,26 @@ def run(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: Se
             result = np.empty((len(rows), values.shape[1]), np.float32)
         result[batch] = values
         batch_done(sum(lengths[i] for i in batch))
-    if result is None or not np.isfinite(result).all():
+    assert result is not None
+    return finite(result)
+
+
+def finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The values; PluginFault "not_finite" if any is not."""
+    if not np.isfinite(values).all():
         raise PluginFault("not_finite", "the encoder gives values that are not finite", "train with a lower learning_rate")
-    return result
+    return values
 
 
-def write(model: Classifier, folder: Path, corpus: Corpus, base: Path) -> None:
-    """Write encoder, head and tokenizer to `folder` as `trainer/1` says."""
+def write(model: Classifier, folder: Path, corpus: Corpus, base: Path, tensors: Tensors = None) -> None:
+    """Write encoder, head (with the state `tensors`, if given) and tokenizer to `folder` as `trainer/1` says."""
     config = model.encoder.config
     config.id2label = dict(enumerate(corpus.labels))
     config.label2id = {label: i for i, label in enumerate(corpus.labels)}
-    model.encoder.save_pretrained(folder)
-    head = {"weight": model.head.weight.detach().contiguous(), "bias": model.head.bias.detach().contiguous()}
-    save_file(head, folder / "head.safetensors")
+    state = tensors or model.state_dict()
+    inner = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    model.encoder.save_pretrained(folder, state_dict=inner)
+    save_file({name: state[f"head.{name}"].contiguous() for name in ("weight", "bias")}, folder / "head.safetensors")
     tokenizer = Tokenizer.from_file(str(corpus.folder / "tokenizer.json"))
     tokenizer.enable_truncation(corpus.card.max_tokens)
     tokenizer.no_padding()

@@ -1,9 +1,9 @@
 """Linear classifiers with probabilities: logits = weight @ x + bias, calibrated by one temperature.
 
-"liblinear" is a linear SVM, one class against the rest with squared hinge loss (Fan et al., "LIBLINEAR", 2008);
-"lbfgs" is multinomial logistic regression. The temperature is the one with the least cross-entropy on scores of
-held-out folds of the train split (Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4.2), and is
-divided into weight and bias, so that the validation and the test split stay untouched.
+"liblinear" is a linear SVM, one class against the rest with squared hinge loss (Fan et al., "LIBLINEAR", 2008); "lbfgs" is
+multinomial logistic regression; "ridge" is least squares on +1 and -1, one class against the rest. The temperature is the one
+with the least cross-entropy on scores of held-out folds of the train split (Guo et al., "On Calibration of Modern Neural
+Networks", 2017, section 4.2), and is divided into weight and bias, so that the validation and the test split stay untouched.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
@@ -64,10 +64,12 @@ def fit(x: Any, y: NDArray[np.int64], labels: tuple[str, ...], algorithm: str, r
 def _fit_once(x: Any, y: NDArray[np.int64], algorithm: str, regularization: float, seed: int) -> Linear:
     if algorithm == "liblinear":
         estimator = LinearSVC(C=regularization, max_iter=ITERATIONS, random_state=seed)
+    elif algorithm == "ridge":
+        estimator = RidgeClassifier(alpha=1 / regularization, max_iter=ITERATIONS, solver="sparse_cg")
     else:
         estimator = LogisticRegression(C=regularization, max_iter=ITERATIONS)
     estimator.fit(x, y)
-    if np.max(estimator.n_iter_) >= ITERATIONS:
+    if algorithm != "ridge" and np.max(estimator.n_iter_) >= ITERATIONS:
         raise PluginFault("not_converged", f'algorithm "{algorithm}" did not converge in {ITERATIONS} iterations',
                           "lower regularization or take the other algorithm")  # fmt: skip
     weight, bias = estimator.coef_, np.atleast_1d(estimator.intercept_)

@@ -11,8 +11,8 @@ class Observer(Protocol):
     def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None:
         """`fraction` of the whole, 0 to 1."""
 
-    def save(self, folder: Path) -> None:
-        """Keep the checkpoint in `folder`, which is complete, for good."""
+    def save(self, folder: Path, lasting: bool = False) -> None:
+        """Keep the checkpoint in `folder`, which is complete: until the next one, or `lasting`."""
 
 
 class Meter:
@@ -23,10 +23,15 @@ class Meter:
     def __init__(self, observer: Observer, total: float, done: float = 0.0) -> None:
         self.observer, self.total, self.done = observer, total, done
         self._started, self._began_at = time.monotonic(), done
+        self._validated: dict[str, float] = {}  # the last look at the validation split: it stays beside what comes after it, as
+        # a job's progress is sent no more than twice a second and a search must not miss it
 
     def advance(self, work: float, phase: str, message: str = "", **metrics: float) -> None:
         """Report `work` more."""
         self.done += work
+        if "validation_accuracy" in metrics:
+            self._validated = {k: v for k, v in metrics.items() if k == "epoch" or k.startswith("validation_")}
         rate = (self.done - self._began_at) / max(time.monotonic() - self._started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
-        self.observer.progress(self.done / self.total, phase, message, left_s=round(max(left, 0.0), 1), **metrics)
+        self.observer.progress(self.done / self.total, phase, message, left_s=round(max(left, 0.0), 1),
+                               **{**self._validated, **metrics})  # fmt: skip

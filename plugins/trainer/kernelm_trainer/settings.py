@@ -5,3 +5,4 @@ from msgspec import Struct
 
 class TrainerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 0  # of the compute library; 0 for as many as the job has cores
+    address: str = ""  # host name or IP address at which other nodes reach this one, for gangs; "" for the host name's

@@ -6,27 +6,30 @@ train split are left out: they say nothing about another one, and are most of th
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from kernelm_contracts.terms import VIEWS
 from kernelm_contracts.trainer import TrainRequest
 from kernelm_sdk.errors import ClientFault
 from kernelm_trainer import linear
 from kernelm_trainer.corpus import Corpus, Documents
 from kernelm_trainer.linear import Linear
 
-TOKEN = r"(?u)\b\w\w+\b"
-
 
 @dataclass(frozen=True)
 class TfidfLinear:
-    vectorizer: TfidfVectorizer
+    views: dict[str, TfidfVectorizer]
     classifier: Linear
 
     @property
@@ -35,13 +38,17 @@ class TfidfLinear:
 
     def logits(self, documents: Documents) -> NDArray[np.float32]:
         """[documents, labels]"""
-        return self.classifier.logits(self.vectorizer.transform(documents.texts))
+        return self.classifier.logits(_side_by_side([v.transform(documents.texts) for v in self.views.values()]))
 
     def write(self, folder: Path) -> None:
         """Write vocabulary and tensors to `folder` as `trainer/1` says."""
-        vocabulary = {term: int(column) for term, column in sorted(self.vectorizer.vocabulary_.items())}
+        vocabulary: dict[str, int] = {}
+        for view, vectorizer in self.views.items():
+            prefix, before = f"{view}:" if len(self.views) > 1 else "", len(vocabulary)
+            vocabulary |= {prefix + term: before + int(column) for term, column in sorted(vectorizer.vocabulary_.items())}
         (folder / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-        tensors = {"idf": self.vectorizer.idf_, "weight": self.classifier.weight, "bias": self.classifier.bias}
+        idf = np.concatenate([vectorizer.idf_ for vectorizer in self.views.values()])
+        tensors = {"idf": idf, "weight": self.classifier.weight, "bias": self.classifier.bias}
         # save_file writes the memory as it lies, and scikit-learn's arrays may lie in Fortran order
         whole = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
         save_file(whole, folder / "linear.safetensors")
@@ -50,11 +57,17 @@ class TfidfLinear:
 def fit(request: TrainRequest, corpus: Corpus, step_done: Callable[[int, int], None]) -> TfidfLinear:
     """Learn vocabulary and classifier from the train split. `step_done(done, of)` is told the fits."""
     train = corpus.splits["train"]
-    vectorizer = TfidfVectorizer(lowercase=True, token_pattern=TOKEN, ngram_range=(1, request.ngrams), min_df=2,
-                                 sublinear_tf=True, norm="l2", dtype=np.float32)  # fmt: skip
+    views = {view: TfidfVectorizer(analyzer=partial(VIEWS[view], ngrams=request.ngrams), min_df=2, max_df=request.max_share,
+                                   sublinear_tf=True, norm="l2", dtype=np.float32) for view in request.views}  # fmt: skip
     try:
-        x = vectorizer.fit_transform(train.texts)
+        x = _side_by_side([vectorizer.fit_transform(train.texts) for vectorizer in views.values()])
     except ValueError as error:  # no term is left
-        raise ClientFault("invalid_dataset", f"dataset: train.parquet column text: {error}", "give longer texts") from None
+        raise ClientFault("invalid_dataset", f"dataset: train.parquet column text: {error}",
+                          "give longer texts, fewer views, or a higher max_share") from None  # fmt: skip
     classifier = linear.fit(x, train.labels, corpus.labels, request.algorithm, request.regularization, request.seed, step_done)
-    return TfidfLinear(vectorizer, classifier)
+    return TfidfLinear(views, classifier)
+
+
+def _side_by_side(blocks: Sequence[Any]) -> Any:
+    """The blocks of all views, so that a row has length 1 again."""
+    return sparse.hstack(blocks, "csr") / np.float32(math.sqrt(len(blocks))) if len(blocks) > 1 else blocks[0]

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,12 +14,21 @@ from tokenizers.processors import BertProcessing
 from transformers import BertConfig, BertModel
 
 HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("newsdata", HERE / "newsdata.py")
-assert _spec is not None
-assert _spec.loader is not None
-newsdata = importlib.util.module_from_spec(_spec)
-sys.modules["newsdata"] = newsdata
-_spec.loader.exec_module(newsdata)
+
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+newsdata = _beside("newsdata")
+_beside("textdata")
 
 
 class Recorder:
@@ -31,13 +41,15 @@ class Recorder:
         self.keep, self.stop_after = keep, stop_after
         self.reports: list[tuple[float, str, str, dict[str, float]]] = []
         self.checkpoints: list[Path] = []
+        self.lasting: list[int] = []  # which of them
 
     def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None:
         self.reports.append((fraction, phase, message, metrics))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, lasting: bool = False) -> None:
         kept = self.keep / str(len(self.checkpoints))
         shutil.copytree(folder, kept)
+        self.lasting += [len(self.checkpoints)] if lasting else []
         self.checkpoints.append(kept)
         if len(self.checkpoints) == self.stop_after:
             raise self.Stopped

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernelm_trainer.algorithms import LEARNING_RATES, Lion, build, rate_at, set_rate
+from kernelm_trainer.algorithms import LEARNING_RATES, Lion, build, set_rate
+from kernelm_trainer.schedule import rate_at
 
 
 class Toy(nn.Module):
@@ -53,6 +55,17 @@ def test_muon_takes_the_hidden_matrices_only() -> None:
     muon, rest = build("muon", model, 0.01)
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model.hidden.weight)]
     assert sum(len(g["params"]) for g in rest.param_groups) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_leaves_embeddings_and_head_of_a_language_model_alone(tied: bool) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2, tie_word_embeddings=tied))  # fmt: skip
+    muon, rest = build("muon", model, 0.01)
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    inside = {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
+    assert taken == inside
+    assert sum(len(g["params"]) for g in rest.param_groups) == len(list(model.parameters())) - len(inside)
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 
 from kernelm_sdk.errors import ClientFault
-from kernelm_trainer import encoder
+from kernelm_trainer import encoder, pretrained
 from kernelm_trainer.batches import padded
 from kernelm_trainer.corpus import Corpus, read_corpus
 
@@ -30,7 +30,7 @@ def test_a_pickle_is_refused_before_anything_is_loaded(tiny_bert: Path, copy, co
     assert name in caught.value.message
 
 
-@pytest.mark.parametrize("name", encoder.NEEDED)
+@pytest.mark.parametrize("name", pretrained.NEEDED)
 def test_an_incomplete_base_is_refused_and_the_file_named(tiny_bert: Path, copy, corpus: Corpus, name: str) -> None:
     folder = copy(tiny_bert)
     (folder / name).unlink()
@@ -114,4 +114,4 @@ def test_a_written_model_is_rebuilt_from_the_contract_alone(tiny_bert: Path, cor
         mean = rebuilt(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(1)
         assert torch.allclose(mean @ head["weight"].T + head["bias"], model(ids, torch.ones_like(ids)), atol=1e-6)
     assert rebuilt.config.id2label == dict(enumerate(corpus.labels))
-    assert not [p for p in tmp_path.rglob("*") if p.suffix in encoder.PICKLES]
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in pretrained.PICKLES]

@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from textdata import LLAMA, write_packed
 
 from kernelm_contracts.trainer import ModelTrained, TrainRequest
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Event
 from kernelm_sdk.plugin import Context, Job, JobCancelled, read_manifest
-from kernelm_sdk.system import ArtifactName
+from kernelm_sdk.system import ArtifactName, Resources
 from kernelm_trainer.plugin import TrainerPlugin
 from kernelm_trainer.settings import TrainerSettings
 
@@ -24,6 +25,7 @@ class FolderContext(Context):
     def __init__(self, scratch: Path, artifacts: dict[str, Path]) -> None:
         super().__init__(None, "trainer-1", "trainer", read_manifest(PACKAGE / "kernelm-plugin.toml"), scratch)  # type: ignore[arg-type]
         self.artifacts, self.lineage, self.events = artifacts, {}, []
+        self.metadata: dict[str, dict[str, Any] | None] = {}
 
     async def artifact(self, digest: str) -> Path:
         return self.artifacts[digest]
@@ -31,7 +33,7 @@ class FolderContext(Context):
     async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
         digest = f"sha256:{kind}-{len(self.artifacts)}"
         self.artifacts[digest] = Path(shutil.copytree(folder, self.scratch / digest))
-        self.lineage[digest] = lineage
+        self.lineage[digest], self.metadata[digest] = lineage, metadata
         return digest
 
     async def publish(self, event: Event) -> None:
@@ -55,6 +57,8 @@ async def test_a_job_trains_stores_and_tells(context: FolderContext) -> None:
     described = await plugin.describe(ArtifactName(trained.model), None)
     assert described.scores["validation"] == trained.validation
     assert job.latest.fraction == 1.0
+    assert not job.scratch.exists()
+    assert context.metadata[job.checkpoint] == {"passing": True}
     second = Job(context, "jobs", "j1", 2, checkpoint=job.checkpoint)
     again = await plugin.train(request, second)
     assert again.validation == trained.validation
@@ -75,6 +79,31 @@ async def test_a_cancelled_job_stores_nothing(context: FolderContext) -> None:
         await plugin.train(TrainRequest("sha256:d", base="sha256:b", epochs=1), job)
     assert set(context.artifacts) == {"sha256:d", "sha256:b"}
     assert not context.events
+    assert not job.scratch.exists()
+
+
+async def test_the_granted_memory_limits_what_is_computed_at_once(context: FolderContext, tmp_path: Path) -> None:
+    """The steps stay the same; what is not even enough for one row is refused."""
+    wide = LLAMA | {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}
+    request = TrainRequest("sha256:packed", structure="causal-lm", architecture=wide, batch_size=64, precision="fp32", max_steps=2,
+                           report_test=False)  # fmt: skip
+    context.artifacts["sha256:packed"] = write_packed(tmp_path / "packed")
+    losses = []
+    for granted in (8000, 230):  # MB beside the libraries: 120 for those of the first step, 25 that last, 5 a row
+        plugin, job = TrainerPlugin(context, TrainerSettings(threads=1)), Job(context, "jobs", f"j{granted}", 1)
+        job.resources = Resources(1.0, granted)
+        trained = await plugin.train(request, job)
+        losses.append(trained.validation.loss)
+    card = await plugin.describe(ArtifactName(trained.model), None)
+    assert "in place of 64, since memory is short" in card.notes[0]
+    assert "what the job was granted" in card.notes[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    job = Job(context, "jobs", "j3", 1)
+    job.resources = Resources(1.0, 100)
+    with pytest.raises(ClientFault, match="what the job was granted") as caught:
+        await plugin.train(request, job)
+    assert caught.value.code == "too_little_memory"
+    assert "more resources.memory_mb" in caught.value.remedy
 
 
 async def test_senseless_requests_are_refused_before_artifacts_are_fetched(context: FolderContext) -> None:
@@ -94,3 +123,14 @@ def test_an_idle_instance_imports_nothing_heavy() -> None:
     code = f"import sys, kernelm_trainer.plugin; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+async def test_a_job_of_several_processes_is_a_job_like_any_other(context: FolderContext) -> None:
+    plugin = TrainerPlugin(context, TrainerSettings(threads=1))
+    job = Job(context, "jobs", "j1", 1)
+    trained = await plugin.train(TrainRequest("sha256:d", base="sha256:b", epochs=1, processes=2), job)
+    assert trained.validation.documents == 15
+    assert job.checkpoint
+    assert context.lineage[job.checkpoint] == {"job": "j1"}
+    assert (await plugin.describe(ArtifactName(trained.model), None)).labels

@@ -2,6 +2,7 @@
 
     <root>/lock                                held by the one process that has the store open
     <root>/trees/<hex>/files/...               the tree; files 0444, folders 0555
+    <root>/trees/<hex>/sealed/..., key         in its place with encryption at rest: the files encrypted, and their wrapped key
     <root>/trees/<hex>/about/<kind>.json       an `Artifact`: the same files may be a checkpoint and a model
     <root>/incoming/<random>/                  being written; emptied when the store is opened
     <root>/quarantine/<hex>-<unix ns>/         corrupt copies, for whoever wants to know what happened
@@ -18,26 +19,30 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kernelm_artifacts.tree import difference, digest_of, read_tree, remove, seal, sync
+if TYPE_CHECKING:  # what encrypts is only there where it is asked for
+    from kernelm_artifacts.sealing import Sealing
+from kernelm_artifacts.tree import copy_tree, described, difference, digest_of, plain_file, remove, sync, write_durably
 from kernelm_sdk.contract import token
 from kernelm_sdk.errors import ClientFault, KernelFault, invalid
 from kernelm_sdk.system import Artifact
 
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})\Z")
+KEY, SEALED = "key", "sealed"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 log = logging.getLogger("kernelm.artifacts")
 
 
 class Store:
-    """The store in the folder `root`. Thread-safe; one process at a time has it open."""
+    """The store in the folder `root`. Thread-safe; one process at a time has it open. With `sealing`, what comes is encrypted."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, sealing: "Sealing | None" = None) -> None:
+        self.root, self._sealing = root, sealing
         self._trees, self._incoming, self._quarantine = (root / n for n in ("trees", "incoming", "quarantine"))
+        self.incoming = sealing.plain.incoming if sealing is not None else self._incoming  # for what is not encrypted yet
         for folder in (self._trees, self._incoming, self._quarantine):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -59,8 +64,9 @@ class Store:
         os.close(self._lock)
 
     def put(self, folder: Path, kind: str, lineage: Mapping[str, str] | None = None,
-            metadata: Mapping[str, Any] | None = None) -> Artifact:  # fmt: skip
-        """Store a copy of the files in `folder`. When this returns they are on disk for good.
+            metadata: Mapping[str, Any] | None = None, announced: str = "") -> Artifact:  # fmt: skip
+        """Store a copy of the files in `folder`, whose digest must be the `announced` one, if any. When this returns they are on
+        disk for good.
 
         What is there already is checked and not written again; its first description of that kind stays. ClientFault:
         "unsafe_file" (a pickle), "unsupported_file", "not_found", "empty", "changed". KernelFault: "disk_full".
@@ -71,23 +77,25 @@ class Store:
             raise invalid("the artifact", error) from None
         needed = 0
         try:
-            files = read_tree(folder)
-            needed = sum(f.bytes for f in files)
-            artifact = Artifact(digest_of(files), kind, files, needed, time.time(), dict(lineage or {}), dict(metadata or {}))
+            artifact = described(folder, kind, lineage or {}, metadata or {})
+            needed = artifact.bytes
+            if announced not in ("", artifact.digest):
+                raise ClientFault("changed", f"what came is {artifact.digest}, and {announced} was announced",
+                                  "put it when nothing writes to it", digest=artifact.digest)  # fmt: skip
             if not self._intact(artifact.digest):
                 self._receive(folder, artifact)
             return self._describe_as(artifact)
         except OSError as error:
             raise self._fault(error, folder, needed) from error
 
-    def open(self, digest: str) -> tuple[Artifact, Path]:
-        """The description, and the read-only folder with the files, every byte of which was just verified.
+    def open(self, digest: str, by: str = "") -> tuple[Artifact, Path]:
+        """The description, and the read-only folder with the files, every byte of which was just verified; the instance `by` has
+        it from now on (which counts where it had to be decrypted).
 
         KernelFault "corrupt_artifact" when one is not right: the copy is moved aside, so that it can be put again.
         """
         artifact = self.describe(digest)
-        folder = self.folder(digest)
-        path, what = difference(folder, artifact.files)
+        folder, path, what = self._check(artifact, by)
         if path:
             aside = self._move_aside(digest)
             raise KernelFault("corrupt_artifact", f"artifact {digest} is corrupt: {path!r} {what}",
@@ -112,9 +120,64 @@ class Store:
             found = [a for kinds in self._index.values() for k, a in kinds.items() if kind in ("", k)]
         return tuple(sorted(found, key=lambda a: a.created, reverse=True)[: max(limit, 0)])
 
-    def folder(self, digest: str) -> Path:
-        """Where the files of `digest` lie, if they do. Nothing is checked."""
-        return self._trees / self._hex(digest) / "files"
+    def file(self, digest: str, path: str) -> Path:
+        """Where the file `path` of a stored tree can be read. It is not checked, but where the tree has to be decrypted for it."""
+        folder: Path | None = self._tree(digest) / "files"
+        if not folder.exists():
+            folder = self._sealing.plain.present(digest) if self._sealing is not None else None
+        return (folder or self.open(digest)[1]) / path
+
+    def erase(self, digest: str) -> None:
+        """Forget a tree, whatever its kinds: its key first, without which the rest is noise, wherever copies of it are. ClientFault
+        "not_found"."""
+        self.describe(digest)
+        tree = self._tree(digest)
+        if (key := tree / KEY).exists():
+            key.unlink()
+            sync(tree)
+        if self._sealing is not None:
+            self._sealing.forget(digest)
+        with self._guard:
+            self._index.pop(digest, None)
+        gone = self._incoming / secrets.token_hex(8)
+        tree.rename(gone)
+        sync(self._trees)
+        remove(gone)
+
+    def seal_all(self) -> tuple[int, int]:
+        """Encrypt the trees that are not yet, and wrap anew the keys that an older master key wraps: how many of each. A crash in
+        between leaves each tree as it was or as it shall be."""
+        if self._sealing is None:
+            return 0, 0
+        sealed = rewrapped = 0
+        for digest in list(self._index):
+            tree = self._tree(digest)
+            if (tree / KEY).exists():
+                rewrapped += self._sealing.renew(digest, tree)
+                if (tree / "files").exists():  # a crash came between the key and this
+                    remove(tree / "files")
+                continue
+            artifact = self.open(digest)[0]
+            if (tree / SEALED).exists():
+                remove(tree / SEALED)
+            self._sealing.receive(tree / "files", artifact, tree)
+            remove(tree / "files")
+            sync(tree)
+            sealed += 1
+        return sealed, rewrapped
+
+    def _tree(self, digest: str) -> Path:
+        return self._trees / self._hex(digest)
+
+    def _check(self, artifact: Artifact, by: str = "") -> tuple[Path, str, str]:
+        """The folder with the files; the first file that is not right, and what is wrong with it."""
+        tree = self._tree(artifact.digest)
+        if not (tree / KEY).exists():
+            return tree / "files", *difference(tree / "files", artifact.files)
+        if self._sealing is None:
+            raise KernelFault("no_master_key", f"artifact {artifact.digest} is encrypted, and the service has no master key",
+                              "set KERNELM_ARTIFACTS_MASTER to the key with which it was stored", digest=artifact.digest)
+        return self._sealing.open(artifact, tree, by)
 
     # ---- writing ----
 
@@ -123,7 +186,7 @@ class Store:
         with self._guard:
             if digest not in self._index:
                 return False
-        path, what = difference(self.folder(digest), self.describe(digest).files)
+        _, path, what = self._check(self.describe(digest))
         if path:
             aside = self._move_aside(digest)
             log.error("artifact %s was corrupt (%r %s) and is replaced; the copy: %s", digest, path, what, aside)
@@ -134,13 +197,12 @@ class Store:
         self._require_space(folder, artifact.bytes)
         incoming = self._incoming / secrets.token_hex(8)
         try:
-            files = incoming / "files"
-            files.mkdir(parents=True)
-            if read_tree(folder, files) != artifact.files:
-                raise ClientFault("changed", f"{folder} changed while it was read", "put it when nothing writes to it")
-            (incoming / "about").mkdir()
-            _write(incoming / "about", artifact)
-            seal(files)
+            (incoming / "about").mkdir(parents=True)
+            _write(incoming / "about" / f"{artifact.kind}.json", artifact)
+            if self._sealing is not None:
+                self._sealing.receive(folder, artifact, incoming)
+            else:
+                copy_tree(folder, artifact, incoming / "files", plain_file)
             sync(incoming)
             self._commit(incoming, self._trees / self._hex(artifact.digest))
         finally:
@@ -166,7 +228,7 @@ class Store:
                 if path.exists():  # as it came with the tree, perhaps from a faster thread
                     artifact = msgspec.json.decode(path.read_bytes(), type=Artifact)
                 else:
-                    _write(about, artifact)
+                    _write(path, artifact)
                 kinds[artifact.kind] = artifact
             return kinds[artifact.kind]
 
@@ -222,15 +284,7 @@ class Store:
         return match[1]
 
 
-def _write(about: Path, artifact: Artifact) -> None:
-    """Write a description: a temporary name, synced, renamed, the folder synced."""
-    path, temporary = about / f"{artifact.kind}.json", about / f".{artifact.kind}.{secrets.token_hex(4)}"
-    try:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(artifact)))
-        temporary.chmod(0o444)
-        sync(temporary)
-        temporary.rename(path)
-        sync(about)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, artifact: Artifact) -> None:
+    """Write a description."""
+    write_durably(path, msgspec.json.format(msgspec.json.encode(artifact)), 0o444)
 

@@ -7,19 +7,24 @@ for a link in the meantime leads nowhere.
 import contextlib
 import hashlib
 import os
+import secrets
 import stat
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from kernelm_artifacts.pickles import pickle_in
 from kernelm_sdk.errors import ClientFault
-from kernelm_sdk.system import ArtifactFile
+from kernelm_sdk.system import Artifact, ArtifactFile
 
 CHUNK = 1 << 20
+Create = Callable[[str], AbstractContextManager[BinaryIO]]  # of a file for a path of the tree
 SYNC_THREADS = 16  # concurrent fsyncs share the file system's journal commits
 
 
@@ -71,8 +76,17 @@ def _require(path: str, status: os.stat_result, wanted: Callable[[int], bool]) -
                           path=ascii(path))  # fmt: skip
 
 
-def read_tree(folder: Path, copy: Path | None = None) -> tuple[ArtifactFile, ...]:
-    """The sorted description of the tree in `folder`, pickles refused; with `copy`, every file is written there too.
+@contextlib.contextmanager
+def plain_file(path: Path, _: str) -> Iterator[BinaryIO]:
+    """The new, read-only file `path`, open for writing."""
+    with path.open("xb", buffering=0) as sink:
+        yield sink
+        os.fchmod(sink.fileno(), 0o444)
+
+
+def read_tree(folder: Path, create: Create | None = None) -> tuple[ArtifactFile, ...]:
+    """The sorted description of the tree in `folder`, pickles refused; with `create`, every file is written to what that opens for
+    its path.
 
     ClientFault "unsafe_file" at a pickle, "empty" where there is no file, and what `files_of` raises.
     """
@@ -82,17 +96,41 @@ def read_tree(folder: Path, copy: Path | None = None) -> tuple[ArtifactFile, ...
             raise ClientFault("unsafe_file", f"{path!r} is a pickle: {reason}", "pickles run code when they are loaded: "
                               "save tensors as safetensors, tables as Parquet", path=path)  # fmt: skip
         source.seek(0)
-        if copy is None:
+        if create is None:
             files.append(_hash(path, source))
         else:
-            target = copy / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("xb", buffering=0) as sink:
+            with create(path) as sink:
                 files.append(_hash(path, source, sink))
-                os.fchmod(sink.fileno(), 0o444)
     if not files:
         raise ClientFault("empty", f"{folder} holds no file", "an artifact has at least one")
     return tuple(sorted(files, key=lambda f: f.path))
+
+
+def described(folder: Path, kind: str, lineage: Mapping[str, str], metadata: Mapping[str, Any]) -> Artifact:
+    """The description of the files in `folder`; faults as of `read_tree`."""
+    files = read_tree(folder)
+    return Artifact(digest_of(files), kind, files, sum(f.bytes for f in files), time.time(), dict(lineage), dict(metadata))
+
+
+def write_all(file: RawIOBase, content: bytes) -> None:
+    """Write to a file without a buffer, which may take a part only."""
+    while content:
+        content = content[file.write(content) :]
+
+
+def copy_tree(folder: Path, artifact: Artifact, target: Path,
+              create: Callable[[Path, str], AbstractContextManager[BinaryIO]]) -> None:  # fmt: skip
+    """Copy the tree in `folder`, which `artifact` describes, to the new folder `target`, durable and read-only; `create` opens the
+    new file of a name. ClientFault "changed" if it is not as described any more."""
+    target.mkdir()
+
+    def open_(path: str) -> AbstractContextManager[BinaryIO]:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        return create(target / path, path)
+
+    if read_tree(folder, open_) != artifact.files:
+        raise ClientFault("changed", f"{folder} changed while it was read", "put it when nothing writes to it")
+    seal(target)
 
 
 def _hash(path: str, source: BinaryIO, sink: BinaryIO | None = None) -> ArtifactFile:
@@ -144,6 +182,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes, mode: int) -> None:
+    """Write the file `path`, which a crash at any point leaves whole or as it was: a temporary name, synced, renamed, the folder
+    synced."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
+        sync(temporary)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:

@@ -15,6 +15,7 @@ from kernelm_artifacts.http import Tokens
 from kernelm_artifacts.service import ArtifactsService
 from kernelm_artifacts.settings import read_settings
 from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.plugin import Call
 from kernelm_sdk.system import ArtifactName, ArtifactQuery, ArtifactStored, GrantArtifact, PutArtifact
 
 CONTENT = bytes(range(256)) * 1000
@@ -49,7 +50,7 @@ async def stored(service: ArtifactsService, tmp_path: Path) -> str:
 
 async def test_put_open_describe_find_and_the_event(service: ArtifactsService, tmp_path: Path) -> None:
     digest = await stored(service, tmp_path)
-    opened = await service.open(ArtifactName(digest), None)
+    opened = await service.open(ArtifactName(digest), Call("cli"))
     assert Path(opened.path, "model.json").read_text() == "{}"
     assert await service.describe(ArtifactName(digest), None) == opened.artifact
     assert (await service.find(ArtifactQuery("model"), None)).artifacts == (opened.artifact,)
@@ -69,7 +70,7 @@ async def test_keys_and_records_of_the_system_are_not_copied_out(service: Artifa
     with pytest.raises(ClientFault, match="relative"):
         await service.put(PutArtifact("in", "model"), None)
     own = await service.put(PutArtifact(str(home / "scratch" / "i1"), "model"), None)
-    opened = await service.open(ArtifactName(own.digest), None)
+    opened = await service.open(ArtifactName(own.digest), Call("cli"))
     assert (await service.put(PutArtifact(opened.path, "dataset"), None)).digest == own.digest
 
 
@@ -139,7 +140,7 @@ async def test_a_grant_is_short_and_only_for_what_is_intact(service: ArtifactsSe
     for ttl_s in (0, -1, 3601):
         with pytest.raises(ClientFault, match="ttl_s"):
             await service.grant(GrantArtifact(digest, ttl_s), None)
-    victim = service._store.folder(digest) / "model.json"
+    victim = service._store.file(digest, "model.json")
     victim.chmod(0o644)
     victim.write_text("[]")
     with pytest.raises(KernelFault) as caught:

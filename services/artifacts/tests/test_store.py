@@ -34,6 +34,10 @@ def source(folder: Path, size: int = 3000) -> Path:
     return folder
 
 
+def files_of_tree(store: Store, digest: str) -> Path:
+    return store.root / "trees" / digest.removeprefix("sha256:") / "files"
+
+
 def leftovers(store: Store) -> list[Path]:
     return list((store.root / "incoming").iterdir())
 
@@ -74,7 +78,7 @@ def test_the_digest_is_what_the_documentation_says(store: Store, tmp_path: Path)
 def test_a_second_put_writes_nothing_and_keeps_the_first_description(store: Store, tmp_path: Path) -> None:
     folder = source(tmp_path / "in")
     first = store.put(folder, "model", {"job": "j1"})
-    path = store.folder(first.digest) / "model.json"
+    path = files_of_tree(store, first.digest) / "model.json"
     before = path.stat()
     second = store.put(folder, "model", {"job": "j2"})
     assert second == first
@@ -108,7 +112,7 @@ def test_find_is_newest_first_and_limited(store: Store, tmp_path: Path) -> None:
 def test_damage_is_refused_named_and_repaired_by_a_new_put(store: Store, tmp_path: Path, damage: str) -> None:
     folder = source(tmp_path / "in", 100_000)
     artifact = store.put(folder, "model")
-    tree = store.folder(artifact.digest)
+    tree = files_of_tree(store, artifact.digest)
     victim = tree / "data" / "weights.safetensors"
     victim.chmod(0o644)
     victim.parent.chmod(0o755)
@@ -149,7 +153,7 @@ def test_damage_is_refused_named_and_repaired_by_a_new_put(store: Store, tmp_pat
 def test_a_put_over_a_corrupt_copy_replaces_it(store: Store, tmp_path: Path) -> None:
     folder = source(tmp_path / "in")
     artifact = store.put(folder, "model")
-    victim = store.folder(artifact.digest) / "model.json"
+    victim = files_of_tree(store, artifact.digest) / "model.json"
     victim.chmod(0o644)
     victim.write_text('{"labels": ["a", "c"]}')
     store.put(folder, "model")
@@ -259,6 +263,8 @@ def test_kill_9_leaves_no_half_tree_and_no_acknowledged_one_is_lost(tmp_path: Pa
         child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), str(folder)], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         assert child.stdout.readline() == "open\n"
+        if round_ % 2:  # later kills come after a put, so that there is something to lose, however slow the machine is
+            acknowledged.add(child.stdout.readline().strip())
         time.sleep(dice.uniform(0.0, 0.12))  # the moment of the kill is what varies
         child.send_signal(signal.SIGKILL)
         acknowledged |= {line.strip() for line in child.stdout if line.endswith("\n")}
@@ -273,7 +279,6 @@ def test_kill_9_leaves_no_half_tree_and_no_acknowledged_one_is_lost(tmp_path: Pa
         store.close()
         remove(folder)
     assert interrupted > 0, "no kill hit a put: the test shows nothing"
-    assert acknowledged
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")

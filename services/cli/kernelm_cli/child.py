@@ -1,7 +1,6 @@
 """One child process of the launcher: started, watched, started again when it dies, stopped."""
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -12,24 +11,12 @@ from pathlib import Path
 import psutil
 
 from kernelm_cli.home import ChildProcess, last_lines, open_log
+from kernelm_sdk.children import die_with
 from kernelm_sdk.errors import KernelFault
 
 BACKOFF_S, BACKOFF_MAX_S = 0.2, 10.0  # before a restart; doubled by each
 HEALTHY_S = 30.0  # after so long the next death is the first again
-PR_SET_PDEATHSIG = 1  # prctl(2)
 log = logging.getLogger("kernelm.launcher")
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may be imported
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """For `preexec_fn`: the kernel sends SIGTERM to the child when the thread that forked it ends, even by SIGKILL."""
-
-    def before_exec() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return before_exec
 
 
 def describe_exit(code: int) -> str:
@@ -61,7 +48,7 @@ class Child:
         try:
             self.process = await asyncio.create_subprocess_exec(
                 *self._command, env=self._environment(), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, preexec_fn=_die_with(os.getpid()), cwd="/",
+                start_new_session=True, preexec_fn=die_with(os.getpid()), cwd="/",
             )  # fmt: skip
         finally:
             os.close(output)

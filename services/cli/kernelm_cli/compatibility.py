@@ -3,8 +3,9 @@
     python -m kernelm_cli.compatibility check      exit code 1 and a list if a contract breaks what was released
     python -m kernelm_cli.compatibility release    after a release: what is now is what the next one is compared with
 
-Within a major optional fields are added, and methods and events, which older sides don't know and need not. All else (a field
-that goes, or becomes required, or changes its type; a method that goes or changes its kind) needs another major.
+Within a major optional fields are added, and methods and events, which older sides don't know and need not, and values of an
+enumeration: an older side refuses the one message that has such a value. All else (a field that goes, or becomes required, or
+changes its type; a value or method that goes, or changes its kind) needs another major.
 """
 
 import json
@@ -49,6 +50,8 @@ def _differences(where: str, a: Any, b: Any, old: dict[str, Any], new: dict[str,
             yield f"{where}: was {a}, and is {b}"
         return
     for name in [k for k in {**a, **b} if k not in (*ABOUT, "properties", "required")]:
+        if name == "enum" and set(a.get(name, ())) <= set(b.get(name, ())):
+            continue
         if name in ("anyOf", "prefixItems") and len(a.get(name, ())) == len(b.get(name, ())):
             for k, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
                 yield from _differences(f"{where}[{k}]", one, other, old, new, above)

@@ -5,7 +5,7 @@ A dataset is named by its digest, by the beginning of it, by its name (then the 
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +16,16 @@ from rich.text import Text
 
 from kernelm_cli.results import short
 from kernelm_cli.session import Output, connection, print_json, stdout
-from kernelm_contracts.data import DatasetCard
+from kernelm_contracts.data import DatasetCard, Manifest, ShardFile
+from kernelm_contracts.splits import SPLITS, files
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import ArtifactList, ArtifactName, ArtifactQuery, Artifacts, OpenArtifact
 
 app = App(name="data", help="The datasets: what is in them, and where it went.", version_flags=[])
 
-SPLITS = ("train", "validation", "test")
 BATCH = 256  # rows read at a time
 WIDTH = 160  # characters of a text that are shown
+BEFORE = 60  # of them before what was searched for
 Dataset = Annotated[str, Parameter(name="DATASET", help="digest, beginning of a digest, name (the newest), or folder")]
 
 
@@ -58,18 +59,19 @@ def _card(folder: Path) -> DatasetCard:
         raise ClientFault("not_a_dataset", f"{folder}: dataset.json: {error}", "give a dataset that data.prepare made") from None
 
 
-def _batches(folder: Path, splits: tuple[str, ...], columns: list[str]) -> Iterator[tuple[str, Any]]:
-    """Split and record batch, some rows at a time."""
+def _batches(folder: Path, splits: tuple[str, ...], columns: list[str], size: int = BATCH,
+             passed: Collection[str] = ()) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """Split and record batch, `size` rows at a time, of all files but those passed over, by their paths within."""
     try:
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise ClientFault("not_installed", "reading datasets needs pyarrow", "pip install pyarrow") from None
     for split in splits:
-        for path in (folder / f"{split}.parquet", *sorted((folder / split).glob("*.parquet"))):
-            if path.is_file():
+        for path in files(folder, split):
+            if path.relative_to(folder).as_posix() not in passed:
                 file = pq.ParquetFile(path)
                 wanted = [name for name in columns if name in file.schema_arrow.names]
-                for batch in file.iter_batches(BATCH, columns=wanted):
+                for batch in file.iter_batches(size, columns=wanted):
                     yield split, batch
 
 
@@ -82,6 +84,18 @@ def _splits(split: str) -> tuple[str, ...]:
 def _shown(text: str, width: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _print_line(text: str) -> None:
+    """The beginning of a text, as much as one line of the terminal takes."""
+    stdout().print(Text("  " + _shown(text, WIDTH)), no_wrap=True, overflow="ellipsis")
+
+
+def _around(text: str, start: int) -> str:
+    """A text from a word some way before `start` on."""
+    if start <= BEFORE:
+        return text
+    return "\N{HORIZONTAL ELLIPSIS}" + text[start - BEFORE : start].partition(" ")[2] + text[start:]
 
 
 @app.command
@@ -145,7 +159,10 @@ def preview(dataset: Dataset, /, *, rows: int = 10, split: str = "", full: bool 
         label = card.labels[row["label"]] if isinstance(row.get("label"), int) else row.get("label") or ""
         tokens = f" · {len(row['input_ids']):,} tokens" if row.get("input_ids") is not None else ""
         stdout().print(Text.assemble((row["id"], "bold"), f" · {row['split']}{' · ' + label if label else ''}{tokens}"))
-        stdout().print(Text("  " + (row["text"] if full else _shown(row["text"], WIDTH))))
+        if full:
+            stdout().print(Text("  " + row["text"]))
+        else:
+            _print_line(row["text"])
     stdout().print(f"{len(found)} of {total:,} documents")
     return 0
 
@@ -170,26 +187,36 @@ def search(dataset: Dataset, pattern: str, /, *, split: str = "", most: int = 20
             if len(found) < most:
                 text = batch.column("text")[row].as_py()
                 start = len(text.encode()[: at[row].as_py()].decode("utf-8", "ignore"))  # the position is in bytes
-                found.append(
-                    {"split": name, "id": batch.column("id")[row].as_py(), "text": _shown(text[max(start - 60, 0) :], WIDTH)}
-                )
+                found.append({"split": name, "id": batch.column("id")[row].as_py(), "text": _shown(_around(text, start), WIDTH)})
     if output.json:
         print_json({"documents": documents, "matches": count, "first": found})
         return 0 if count else 1
     for row_ in found:
         stdout().print(Text.assemble((row_["id"], "bold"), f" · {row_['split']}"))
-        line = Text("  " + row_["text"])
-        stdout().print(line)
+        _print_line(row_["text"])
     stdout().print(f"{count:,} of {documents:,} documents")
     return 0 if count else 1
 
 
-def _hashes(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Id -> split and hash of the text."""
+def _same(folders: tuple[Path, Path]) -> dict[str, int]:
+    """Path -> rows of the files with documents that two corpora have in common: nobody has to read them."""
+    files: list[dict[str, ShardFile]] = []
+    for folder in folders:
+        try:
+            manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+        except FileNotFoundError:  # a small dataset has none
+            return {}
+        files.append({shard.path: shard for shard in manifest.shards if not shard.path.startswith("packed/")})
+    one, other = files
+    return {path: shard.rows for path, shard in one.items() if path in other and other[path].digest == shard.digest}
+
+
+def _hashes(folder: Path, passed: Collection[str]) -> dict[str, tuple[str, bytes]]:
+    """Id -> split and hash of the text, of the documents in all files but those passed over."""
     result = {}
-    for split, batch in _batches(folder, SPLITS, ["id", "text"]):
-        for id, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-            result[id] = (split, hashlib.blake2b(text.encode(), digest_size=12).digest())
+    for split, batch in _batches(folder, SPLITS, ["id", "text"], 16 * BATCH, passed):
+        for id, text in zip(batch.column("id").to_pylist(), batch.column("text"), strict=True):
+            result[id] = (split, hashlib.blake2b(text.as_buffer(), digest_size=12).digest())
     return result
 
 
@@ -197,8 +224,9 @@ def _hashes(folder: Path) -> dict[str, tuple[str, bytes]]:
 def diff(one: Dataset, other: Annotated[str, Parameter(name="OTHER")], /, *, most: int = 10, output: Output = Output()) -> int:
     """Compare two datasets: documents that came, went, moved to another split, or changed. 1 if they differ."""
     folders = _folder(one, output.folder), _folder(other, output.folder)
-    a, b = (_hashes(folder) for folder in folders)
-    both = a.keys() & b.keys()
+    same = _same(folders)
+    a, b = (_hashes(folder, same) for folder in folders)
+    both, alike = a.keys() & b.keys(), sum(same.values())
     groups = {
         "only in the first": sorted(a.keys() - b.keys()),
         "only in the second": sorted(b.keys() - a.keys()),
@@ -206,9 +234,10 @@ def diff(one: Dataset, other: Annotated[str, Parameter(name="OTHER")], /, *, mos
         "another split": sorted(id for id in both if a[id][0] != b[id][0]),
     }
     if output.json:
-        print_json({"documents": [len(a), len(b)], **groups})
+        print_json({"documents": [len(a) + alike, len(b) + alike], **groups})
         return int(any(groups.values()))
-    stdout().print(f"{len(a):,} and {len(b):,} documents, {len(both):,} in both")
+    verdict = "" if any(groups.values()) else ", no difference"
+    stdout().print(f"{len(a) + alike:,} and {len(b) + alike:,} documents, {len(both) + alike:,} in both{verdict}")
     for what, ids in groups.items():
         if ids:
             rest = f" and {len(ids) - most:,} more" if len(ids) > most else ""

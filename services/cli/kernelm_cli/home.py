@@ -27,7 +27,7 @@ class ChildProcess(msgspec.Struct, frozen=True):
 class UpFile(msgspec.Struct, frozen=True):
     """`run/up.json`: what runs on this home, for everybody who wants to talk to it."""
 
-    pid: int  # of the launcher
+    pid: int  # of the launcher; 0 where an engine runs containers in its place
     created: float
     url: str  # of the broker
     http: str
@@ -37,8 +37,8 @@ class UpFile(msgspec.Struct, frozen=True):
     processes: dict[str, ChildProcess] = {}
 
     def alive(self) -> bool:
-        """Whether the launcher that wrote this still runs."""
-        return find_process(self.pid, self.created) is not None
+        """Whether the launcher that wrote this still runs; an engine is asked by who connects."""
+        return self.pid == 0 or find_process(self.pid, self.created) is not None
 
 
 def find_process(pid: int, created: float) -> psutil.Process | None:

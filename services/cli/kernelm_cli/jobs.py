@@ -21,6 +21,7 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Event, received
 from kernelm_sdk.system import Empty, Kernel, Node, NodeReport, SystemState
 
+UNKNOWN = {"reject": "never"}  # when a job that the scheduler says this of starts
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 app = App(name="jobs", help="The jobs: durable, resumable work.", version_flags=[])
@@ -154,7 +155,7 @@ def plan(file: Annotated[Path, Parameter(name="FILE")], /, *, output: Output = O
         for name in ("stage", "would", "node", "from now", "why", "what would start it"):
             table.add_column(name, overflow="fold")
         for stage in found.stages:
-            starts = duration(max(stage.starts - time.time(), 0.0)) if stage.starts else "not known"
+            starts = duration(max(stage.starts - time.time(), 0.0)) if stage.starts else UNKNOWN.get(stage.action, "not known")
             table.add_row(stage.name, stage.action, stage.node, starts, Text(stage.reason), Text(stage.remedy))
         stdout().print(table)
         return 0
@@ -211,9 +212,9 @@ def _words(outlook: Outlook) -> Text:
         lines.append(outlook.reason)
     if outlook.action == "wait":
         lines.append(f"jobs that wait and come before it: {outlook.ahead}")
-        lines.append(f"it starts when: {outlook.remedy or 'not known'}")
-        starts = f"in {duration(max(outlook.starts - time.time(), 0.0))}" if outlook.starts else "not known: no ends are estimated"
-        lines.append(f"by the estimates that there are: {starts}")
+        lines.append(f"what would start it: {outlook.remedy or 'not known'}")
+        in_s = f"in {duration(max(outlook.starts - time.time(), 0.0))}, by the estimates that there are"
+        lines.append(f"when: {in_s if outlook.starts else 'not known, by the estimates that there are'}")
     elif outlook.action:
         lines.append(f"the scheduler says now: {outlook.action}" + (f" it on {outlook.node}" if outlook.node else ""))
     return Text("\n".join(lines))

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from cyclopts import App, Parameter
@@ -16,6 +16,7 @@ from kernelm_authority.files import write_secret
 from kernelm_authority.identity import read
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
 from kernelm_sdk.bus import Credentials
+from kernelm_sdk.credentials import to_file
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import Empty, Kernel, Key, KeyCreated, KeyList, KeyName, KeyRequest, RotateKey
@@ -75,13 +76,18 @@ def _must_be_new(nats: Path | None) -> None:
         raise ClientFault("already_exists", f"{nats} is there already", "choose another file, or delete it")
 
 
+def _told(key: Key) -> dict[str, Any]:
+    """A key's fields without the hashes of its secrets, which are nobody's business."""
+    return {name: value for name, value in msgspec.structs.asdict(key).items() if name not in ("hash", "previous_hash")}
+
+
 def _show(created: KeyCreated, seed: str, nats: Path | None, output: Output) -> int:
     key = created.key
     if nats is not None:
         credentials = Credentials(read(created.jwt)["name"], created.jwt, seed, key.expires)
-        write_secret(nats.absolute(), msgspec.json.encode(credentials).decode())
+        write_secret(nats.absolute(), to_file(credentials))
     if output.json:
-        print_json(created)
+        print_json(msgspec.structs.asdict(created) | {"key": _told(key)})
         return 0
     manages = ", manages plugins and routes" if key.admin else ""
     rights = f"models {', '.join(key.models)}, methods {', '.join(key.methods)}{manages}"
@@ -129,7 +135,7 @@ def list_(*, output: Output = Output()) -> int:
 
     keys = asyncio.run(work()).keys
     if output.json:
-        print_json([{f: getattr(k, f) for f in k.__struct_fields__ if f not in ("hash", "previous_hash")} for k in keys])
+        print_json([_told(key) for key in keys])
         return 0
     table = Table()
     for column in ("id", "name", "tenant", "models", "methods", "created", "expires", "state"):

@@ -21,7 +21,7 @@ from kernelm_authority.broker import Broker, find_server
 from kernelm_authority.files import write_secret
 from kernelm_authority.identity import Authority, admin, init_home
 from kernelm_cli.child import Child
-from kernelm_cli.home import HomeLock, UpFile, check_port, end, last_lines, leftovers, write_up
+from kernelm_cli.home import HomeLock, UpFile, check_port, end, last_lines, leftovers, read_up, write_up
 from kernelm_cli.storage import watch
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
@@ -64,6 +64,8 @@ class Launcher:
     async def up(self) -> UpFile:
         """Start everything and wait until it is ready. The first fault ends it; `down` then cleans up."""
         self.lock.take()
+        if (earlier := read_up(self.home)) and not earlier.pid:
+            raise ClientFault("deployed", f"{self.home} is run by an engine, as containers", "docker compose up, or another --home")
         end(leftovers(self.home))
         find_server()
         http, grpc, port = self._ports()

@@ -1,4 +1,4 @@
-"""`kernelm model list | show | rollback`: the deployments, and the models behind them."""
+"""`kernelm model list | show | rollback | undeploy`: the deployments, and the models behind them; more in deploying.py."""
 
 import asyncio
 import contextlib
@@ -9,9 +9,9 @@ from cyclopts import App, Parameter
 from rich.table import Table
 from rich.text import Text
 
-from kernelm_cli.results import short
+from kernelm_cli.results import quality, short
 from kernelm_cli.session import Output, connection, megabytes, print_json, stdout
-from kernelm_contracts.jobs import Deployed, Deployment, JobName, JobRecord, Jobs, RollbackDeployment
+from kernelm_contracts.jobs import Deployed, Deployment, JobName, JobRecord, Jobs, RollbackDeployment, Undeploy
 from kernelm_contracts.trainer import ModelCard, Trainer
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, from_body
@@ -51,7 +51,7 @@ def list_(*, output: Output = Output()) -> int:
         ready = _ready(state, route)
         table.add_row(route.name, str(route.generation), short(route.artifact), Text(str(ready), "green" if ready else "red"),
                       ", ".join(f"{d.pool} {d.weight} %" for d in route.to), route.why)  # fmt: skip
-    stdout().print(table if routes else "no deployments; a stage that uses \"deploy\" makes one")
+    stdout().print(table if routes else 'no deployments; a stage that uses "deploy" makes one')
     return 0
 
 
@@ -96,7 +96,8 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
     console = stdout()
     console.print(rows)
     if isinstance(card, ModelCard) and card.scores:
-        console.print(_scores(card))
+        for table in quality([("", scores) for scores in card.scores.values()]):
+            console.print(table)
     return 0
 
 
@@ -118,11 +119,9 @@ def rollback(name: Annotated[str, Parameter(name="NAME")], /, *, canary: int = 0
     async def work() -> JobRecord:
         async with connection(output.folder) as bus:
             job: JobRecord = await bus.call(Jobs.rollback, RollbackDeployment(name, canary, watch, why), timeout_s=20.0)
-            return await _served(bus, job, output.json)
+            return await finish(bus, job, output.json)
 
     job = asyncio.run(work())
-    if job.state in ("dead", "cancelled"):
-        raise from_body(job.fault) if job.fault else KernelFault("not_deployed", f"job {job.id} is {job.state}: {job.why}")
     if output.json:
         print_json(job)
         return 0
@@ -131,8 +130,33 @@ def rollback(name: Annotated[str, Parameter(name="NAME")], /, *, canary: int = 0
     return 0
 
 
-async def _served(bus: Bus, job: JobRecord, quiet: bool) -> JobRecord:
-    """Show how a replica gets on until it serves or is over; Ctrl-C leaves it running."""
+@app.command
+def undeploy(name: Annotated[str, Parameter(name="NAME")], /, *, why: str = "", output: Output = Output()) -> int:
+    """Take a deployment away: its calls under way are answered, later ones are refused, and its cores and memory are free.
+
+    The model itself stays in the store.
+
+    Parameters
+    ----------
+    why
+        The reason, for the record.
+    """
+
+    async def work() -> Deployment:
+        async with connection(output.folder) as bus:
+            last: Deployment = await bus.call(Jobs.undeploy, Undeploy(name, why), timeout_s=60.0)
+            return last
+
+    last = asyncio.run(work())
+    if output.json:
+        print_json(last)
+    else:
+        stdout().print(f"nobody answers as {name} any more; its model is still stored: {short(last.artifact)}")
+    return 0
+
+
+async def finish(bus: Bus, job: JobRecord, quiet: bool) -> JobRecord:
+    """Show how a replica gets on until it serves, and raise its fault if it does not come to that; Ctrl-C leaves it running."""
     console = stdout()
     shown = console.status(f"job {job.id}") if console.is_terminal and not quiet else contextlib.nullcontext()
     with shown as status:
@@ -141,6 +165,8 @@ async def _served(bus: Bus, job: JobRecord, quiet: bool) -> JobRecord:
                 status.update(f"job {job.id} is {job.state}: {job.progress.phase} {job.progress.message or job.why}")
             await asyncio.sleep(0.2)
             job = await bus.call(Jobs.get, JobName(job.id), timeout_s=5.0, patience_s=60.0)
+    if job.state in ("dead", "cancelled"):
+        raise from_body(job.fault) if job.fault else KernelFault("not_deployed", f"job {job.id} is {job.state}: {job.why}")
     return job
 
 
@@ -150,13 +176,3 @@ def _card_facts(card: ModelCard | str) -> dict[str, str]:
     return {"structure": f"{card.structure}, {card.format}, {card.precision}, {card.parameters:,} parameters",
             "algorithm": card.algorithm, "labels": ", ".join(card.labels),
             "reads": f"at most {card.max_tokens} tokens"}  # fmt: skip
-
-
-def _scores(card: ModelCard) -> Table:
-    table = Table()
-    table.add_column("split")
-    for name in ("documents", "accuracy", "macro recall", "macro F1"):
-        table.add_column(name, justify="right")
-    for split, s in card.scores.items():
-        table.add_row(split, f"{s.documents:,}", f"{s.accuracy:.4f}", f"{s.macro_recall:.4f}", f"{s.macro_f1:.4f}")
-    return table

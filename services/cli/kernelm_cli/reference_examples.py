@@ -21,12 +21,17 @@ import msgspec
 from kernelm.testing.harness import System, until
 from kernelm_cli import staging
 from kernelm_cli.reference import ROOT, contracts
+from kernelm_cli.reference_models import numbers, untrained
 from kernelm_cli.reference_pages import EXAMPLES, PAGES, Example, Examples
 from kernelm_cli.scaffold import create
 from kernelm_contracts.data import Data, RedactPart, RedactRequest
-from kernelm_contracts.jobs import JobName, JobQuery, Jobs, JobSpec, RollbackDeployment, RunName, RunSpec
-from kernelm_contracts.server import ClassifyRequest, EmbedRequest, GenerateRequest, InfoRequest, Server
+from kernelm_contracts.jobs import JobName, JobQuery, Jobs, JobSpec, RollbackDeployment, RunName, RunSpec, Undeploy
+from kernelm_contracts.optimizer import CompressRequest
+from kernelm_contracts.retriever import AnswerRequest, RecommendRequest, Retriever, SearchRequest
+from kernelm_contracts.server import ClassifyRequest, EmbedRequest, ExtractRequest, GenerateRequest, InfoRequest, Server
+from kernelm_contracts.shadows import Compared, Copies, ShadowRequest
 from kernelm_contracts.trainer import Trainer
+from kernelm_contracts.usage import UsageQuery
 from kernelm_sdk.contract import CONTRACTS
 from kernelm_sdk.enrollment import new_seed, renew
 from kernelm_sdk.errors import Fault
@@ -66,7 +71,7 @@ LONGEST, ELEMENTS, ENTRIES = 160, 2, 2  # of a text, characters; of a list; of a
 SECRETS = ((re.compile(r"eyJ[\w-]{20,}(\.[\w-]+)*"), "eyJ..."), (re.compile(r"\bS[UAO][A-Z2-7]{56}\b"), "SU..."),
            (re.compile(r"\bkm_\w+"), "km_..."))  # fmt: skip
 ARTICLES = 60  # of each class
-PLUGINS = ("scheduler", "data", "trainer", "optimizer", "encoder")
+PLUGINS = ("scheduler", "data", "trainer", "optimizer", "encoder", "retriever")
 
 
 class Recorder:
@@ -221,19 +226,26 @@ async def _work(system: System) -> None:
     await bus.call(Data.redact_part, RedactPart(text), timeout_s=60.0)
     await bus.call(Artifacts.find, ArtifactQuery("model"))
     await bus.call(Artifacts.grant, GrantArtifact(source))
+    await bus.call(Artifacts.accept, await bus.call(Artifacts.describe, ArtifactName(results["data"]["dataset"])))
+    await bus.call(Artifacts.erase, ArtifactName(await _store(system, "source", _note)))
     texts = ("The striker scored twice in the second half, and Arsenal won the match against Chelsea.",
              "Shares of the bank fell after its profit warning, and the dollar lost against the euro.")  # fmt: skip
     await bus.call(Server.classify, ClassifyRequest(texts, top=1), model="news")
     await _said(bus.call(Server.info, InfoRequest(), model="news"))
+    await _said(bus.call(Server.extract, ExtractRequest(("The striker scored twice.",)), model="news"))
     await _embed(system, source)
+    await _compress(system)
     with contextlib.suppress(Fault):
         async for _ in bus.stream(Server.generate, GenerateRequest(prompt="The striker", max_tokens=8), model="news"):
             break
+    await bus.call(Jobs.usage, UsageQuery())
+    shadow = await bus.call(Jobs.shadow, ShadowRequest("news", "sentences", 10, "does it agree?"))
+    gateway = await system.connect("gateway")
+    await gateway.call(Jobs.compared, Compared("news", "sentences", shadow.since, Copies(19, 1, took_ms=84.2, beside_ms=78.5)))
     train = {"dataset": results["data"]["dataset"], "structure": "tfidf-linear", "algorithm": "liblinear", "ngrams": 1}
     waiting = await bus.call(Jobs.submit, JobSpec("too-large", "trainer/1.train", train, Resources(10_000.0)))
-    await bus.call(Jobs.why, JobName(waiting.id))
-    await bus.call(Jobs.get, JobName(waiting.id))
-    await bus.call(Jobs.cancel, JobName(waiting.id))
+    for asked in (Jobs.why, Jobs.get, Jobs.cancel):
+        await bus.call(asked, JobName(waiting.id))
     await bus.call(Jobs.find, JobQuery("done", limit=2))
     words = msgspec.structs.replace(spec.stage[1], with_={**spec.stage[1].with_, "ngrams": 3})
     second = await bus.call(Jobs.submit_run, msgspec.structs.replace(spec, name="again", stage=(spec.stage[0], words)))
@@ -244,6 +256,15 @@ async def _work(system: System) -> None:
     await until(lambda: _served(bus, "news", deploy["model"]), 120.0, f"job {other.id}")
     back = RollbackDeployment("news", why="the first one was better")
     await until(lambda: _said(bus.call(Jobs.rollback, back, timeout_s=60.0)), 60.0, "the record of the deployment")
+    await bus.call(Jobs.shadow, ShadowRequest("news"))
+    await bus.call(Jobs.undeploy, Undeploy("sentences", "nobody asks it"), timeout_s=60.0)
+
+
+async def _compress(system: System) -> None:
+    """A causal model becomes a smaller one."""
+    model, dataset = await _store(system, "model", untrained), await _store(system, "dataset", numbers)
+    request = msgspec.to_builtins(CompressRequest(model, dataset, "int8", rounds=1))
+    await _done(system.admin, JobSpec("compress", "optimizer/1.compress", request, Resources(0.0)))
 
 
 async def _embed(system: System, source: str) -> None:
@@ -259,6 +280,21 @@ async def _embed(system: System, source: str) -> None:
     await bus.call(Jobs.submit, JobSpec("sentences", "deploy", deploy, Resources(0.1, 1000)))
     await until(lambda: _served(bus, "sentences", deploy["model"]), 120.0, "the deployment")
     await bus.call(Server.embed, EmbedRequest(("The striker scored twice.",)), model="sentences")
+    await _retrieve(bus, dataset, model)
+
+
+async def _retrieve(bus: Any, dataset: str, model: str) -> None:
+    """An index of the same articles, by the vectors of that model. Nothing here writes answers: what is heard are the sources."""
+    index = {"dataset": dataset, "embedder": "sentences", "model": model, "name": "articles"}
+    made = (await _done(bus, JobSpec("articles", "retriever/1.index", index, Resources(0.1, 512))))["index"]
+    deploy = {"name": "articles", "model": made, "plugin": "retriever", "settings": {"generator": "news"}}
+    await bus.call(Jobs.submit, JobSpec("articles", "deploy", deploy, Resources(0.1, 256)))
+    find = SearchRequest("How much profit did Time Warner make?", top=2)
+    await until(lambda: _said(bus.call(Retriever.search, find, model="articles")), 120.0, "the index")
+    await bus.call(Retriever.recommend, RecommendRequest(("business/001.txt",), top=2), model="articles")
+    with contextlib.suppress(Fault):
+        async for _ in bus.stream(Retriever.answer, AnswerRequest(find.query, top=2), model="articles"):
+            break
 
 
 async def _done(bus: Any, spec: JobSpec) -> dict[str, Any]:
@@ -278,6 +314,10 @@ async def _served(bus: Any, name: str, model: str) -> bool:
     """Whether the deployment answers with this one."""
     answer = await _said(bus.call(Server.classify, ClassifyRequest(("The striker scored twice.",)), model=name))
     return answer is not None and answer.artifact == model
+
+
+def _note(folder: Path) -> None:
+    (folder / "note.txt").write_text("Of no use any more.")
 
 
 def _articles(folder: Path) -> None:

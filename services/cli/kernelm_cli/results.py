@@ -9,7 +9,8 @@ from rich.text import Text
 
 from kernelm_contracts.data import Prepared
 from kernelm_contracts.jobs import DEPLOY, Deployed, JobRecord, RunView
-from kernelm_contracts.optimizer import Optimized, Row
+from kernelm_contracts.optimizer import Compressed, Optimized, Row
+from kernelm_contracts.retriever import Indexed
 from kernelm_contracts.server import Measured
 from kernelm_contracts.trainer import Scores, Trained
 
@@ -41,13 +42,27 @@ def _prepared(result: Prepared) -> str:
 def _trained(result: Trained) -> str:
     scores = result.test or result.validation
     rate = f", {result.tokens_per_s:,.0f} tokens/s" if result.tokens_per_s else ""
-    return f"accuracy {scores.accuracy:.4f} on {scores.split}{rate}"
+    figure = f"perplexity {scores.perplexity:.2f}" if scores.perplexity else f"accuracy {scores.accuracy:.4f}"
+    if whole := _entities(scores):
+        figure = f"F1 {whole['f1']:.4f} of entities"
+    return f"{figure} on {scores.split}{rate}"
+
+
+def _entities(scores: Scores) -> dict[str, float]:
+    """The figures of whole entities, where a model finds such: beside "O", which is no class that people have."""
+    return scores.per_label.get("entities", {}) if "O" in scores.per_label else {}
 
 
 def _optimized(result: Optimized) -> str:
     measured = sum(row.measurement is not None for row in result.rows)
     test = f", accuracy {result.test.accuracy:.4f} on {result.test.split}" if result.test else ""
     return f"{result.winner} of {measured} measured{test}"
+
+
+def _compressed(result: Compressed) -> str:
+    one, other = result.before, result.after
+    costs = f"{one.bytes / 1e6:.2f} to {other.bytes / 1e6:.2f} MB, {one.latency_ms:.2f} to {other.latency_ms:.2f} ms"
+    return f"{result.method}: {costs}; {result.change.text}"
 
 
 def _deployed(result: Deployed) -> str:
@@ -58,9 +73,14 @@ def _measured(result: Measured) -> str:
     return ", ".join(f"{m.latency_ms:.1f} ms, {m.throughput:,.0f} docs/s" for m in result.measurements[:3])
 
 
+def _indexed(result: Indexed) -> str:
+    return f"{result.passages:,} passages of {result.documents:,} documents, {result.dimensions} dimensions"
+
+
 LINES: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "data/1.prepare": (Prepared, _prepared), "trainer/1.train": (Trained, _trained), "server/1.measure": (Measured, _measured),
-    "optimizer/1.optimize": (Optimized, _optimized), DEPLOY: (Deployed, _deployed),
+    "optimizer/1.optimize": (Optimized, _optimized), "optimizer/1.compress": (Compressed, _compressed),
+    "retriever/1.index": (Indexed, _indexed), DEPLOY: (Deployed, _deployed),
 }  # fmt: skip
 
 
@@ -77,7 +97,7 @@ def tables(view: RunView) -> list[Table]:
             comparisons.append(_comparison(optimized))
             if optimized.test:
                 scores.append((f"{job.spec.name}: {optimized.winner}", optimized.test))
-    return ([_quality(scores)] if scores else []) + comparisons
+    return quality(scores) + comparisons
 
 
 def _converted(job: JobRecord, uses: str, kind: type[T]) -> T | None:
@@ -87,15 +107,44 @@ def _converted(job: JobRecord, uses: str, kind: type[T]) -> T | None:
         return None
 
 
-def _quality(scores: list[tuple[str, Scores]]) -> Table:
+def quality(scores: list[tuple[str, Scores]]) -> list[Table]:
+    """A table for each kind of models that are among (name, scores): those that write, that find entities, that tell classes.
+    Names are left out where none is given."""
+    kinds: dict[Callable[[Scores], dict[str, str]], list[tuple[str, Scores]]] = {}
+    for row in scores:
+        kind = _of_writer if row[1].perplexity else _of_tagger if _entities(row[1]) else _of_classifier
+        kinds.setdefault(kind, []).append(row)
+    return [_table(kind, rows) for kind, rows in kinds.items()]
+
+
+def _table(cells: Callable[[Scores], dict[str, str]], rows: list[tuple[str, Scores]]) -> Table:
     table = Table(title="Quality", title_justify="left", title_style="bold")
-    table.add_column("model")
-    table.add_column("split")
-    for name in ("documents", "accuracy", "macro recall", "macro F1"):
-        table.add_column(name, justify="right")
-    for name, s in scores:
-        table.add_row(name, s.split, f"{s.documents:,}", f"{s.accuracy:.4f}", f"{s.macro_recall:.4f}", f"{s.macro_f1:.4f}")
+    named = any(name for name, _ in rows)
+    for heading in ("model", "split") if named else ("split",):
+        table.add_column(heading)
+    for heading in cells(rows[0][1]):
+        table.add_column(heading, justify="right")
+    for name, scores in rows:
+        table.add_row(*[name] * named, scores.split, *cells(scores).values())
     return table
+
+
+def _of_classifier(scores: Scores) -> dict[str, str]:
+    return {"documents": f"{scores.documents:,}", "accuracy": f"{scores.accuracy:.4f}",
+            "macro recall": f"{scores.macro_recall:.4f}", "macro F1": f"{scores.macro_f1:.4f}"}  # fmt: skip
+
+
+def _of_tagger(scores: Scores) -> dict[str, str]:
+    """Of whole entities, but for the accuracy, which is of words."""
+    whole = _entities(scores)
+    return {"texts": f"{scores.documents:,}", "entities": f"{whole['support']:,.0f}", "precision": f"{whole['precision']:.4f}",
+            "recall": f"{whole['recall']:.4f}", "F1": f"{whole['f1']:.4f}", "words right": f"{scores.accuracy:.4f}"}  # fmt: skip
+
+
+def _of_writer(scores: Scores) -> dict[str, str]:
+    """It has no labels."""
+    return {"texts": f"{scores.documents:,}", "tokens": f"{scores.tokens:,}", "next token": f"{scores.accuracy:.4f}",
+            "perplexity": f"{scores.perplexity:.2f}"}  # fmt: skip
 
 
 def _comparison(result: Optimized) -> Table:

@@ -19,8 +19,9 @@ from kernelm_cli import faults, results
 from kernelm_cli.home import read_up
 from kernelm_cli.run_file import RunFile, read
 from kernelm_cli.session import Common, connection, stdout
-from kernelm_cli.view import FINISHED, MARKS, PlainRun, RunDrawing, duration, lines, outcome, took
-from kernelm_contracts.jobs import DEPLOY, Deployed, Jobs, RunName, RunRecord, RunSpec, RunView
+from kernelm_cli.sources import visible
+from kernelm_cli.view import FINISHED, MARKS, PlainRun, RunDrawing, duration, lines, outcome, serves, took
+from kernelm_contracts.jobs import Deployed, Jobs, RunName, RunRecord, RunSpec, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.system import Artifact, Artifacts, PutArtifact
@@ -28,6 +29,7 @@ from kernelm_sdk.system import Artifact, Artifacts, PutArtifact
 PATIENCE_S = 120.0  # for a broker, kernel or job table that is being restarted
 PAUSE_S, PAUSE_MAX_S = 0.2, 2.0
 PUT_S = 300.0
+COMMANDS = {"generator": "chat {}", "vllm": "chat {}", "retriever": 'search {} "..."'}  # plugin of a deployment -> what asks it
 
 
 def run(file: Annotated[Path, Parameter(name="FILE")], /, *, common: Common = Common(), follow: bool = True) -> int:
@@ -54,7 +56,7 @@ def run(file: Annotated[Path, Parameter(name="FILE")], /, *, common: Common = Co
 async def _run(home: Path, file: RunFile, follow: bool, started: Callable[[RunRecord], None]) -> int:
     console = stdout()
     async with connection(home) as bus:
-        spec = file.resolved(await _store(bus, file, console))
+        spec = file.resolved(await _store(bus, home, file, console))
         record = await _submit(bus, spec)
     started(record)
     if not follow:
@@ -68,15 +70,15 @@ async def _run(home: Path, file: RunFile, follow: bool, started: Callable[[RunRe
     return faults.FAILURE
 
 
-async def _store(bus: Bus, file: RunFile, console: Console) -> dict[Path, str]:
+async def _store(bus: Bus, home: Path, file: RunFile, console: Console) -> dict[Path, str]:
     """Put the folders of the run file into the artifact store; folder -> digest."""
     digests: dict[Path, str] = {}
     for source in file.sources:
         if source.folder in digests:
             continue
-        request = PutArtifact(str(source.folder), "source", metadata=source.origin)
         where = source.origin.get("package") or source.origin.get("folder", "")
-        with console.status(f"storing {where}"):
+        with console.status(f"storing {where}"), visible(source.folder, home) as folder:
+            request = PutArtifact(str(folder), "source", metadata=source.origin)
             artifact: Artifact = await bus.call(Artifacts.put, request, timeout_s=PUT_S, patience_s=PATIENCE_S)
         digests[source.folder] = artifact.digest
         console.print(f"{where}: {len(artifact.files):,} files, {artifact.bytes / 2**20:.1f} MB, {results.short(artifact.digest)}")
@@ -172,13 +174,15 @@ def _summary(view: RunView, console: Console) -> None:
         elif line.job.state in FINISHED:
             name = "  " * line.depth + line.name
             table.add_row(MARKS[line.job.state], name, duration(took(line.job, time.time())), Text(outcome(line.job)))
+        elif serves(line.job):
+            table.add_row(MARKS["done"], "  " * line.depth + line.name, "", Text(f"serves: {outcome(line.job)}"))
     console.print(table)
     for figures in results.tables(view):
         console.print(figures)
     for job in view.jobs:
-        if job.state == "done" and job.spec.uses == DEPLOY:
-            model = msgspec.convert(job.result, Deployed).model
-            console.print(f'try it: kernelm call {model} "..."', markup=False)
+        if serves(job):
+            command = COMMANDS.get(job.spec.request.get("plugin", ""), 'call {} "..."')
+            console.print(f"try it: kernelm {command.format(msgspec.convert(job.result, Deployed).model)}", markup=False)
 
 
 def _fault_of(view: RunView) -> Fault:

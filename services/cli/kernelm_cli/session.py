@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from kernelm_authority.identity import admin
 from kernelm_cli.home import UpFile, read_up
 from kernelm_sdk.bus import Bus
-from kernelm_sdk.errors import KernelFault
+from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.system import ArtifactFile
 
 DEFAULT_HOME = Path("~/.kernelm")
@@ -63,6 +63,23 @@ async def connection(home: Path) -> AsyncIterator[Bus]:
         yield bus
     finally:
         await bus.close()
+
+
+@contextmanager
+def asking(name: str) -> Iterator[None]:
+    """For calls of the deployment `name`: ClientFault "unknown_model" where nobody answers."""
+    try:
+        yield
+    except KernelFault as fault:
+        if fault.code != "no_responders":
+            raise
+        raise ClientFault("unknown_model", f"no deployment {name!r} answers", "kernelm model list") from None
+
+
+def print_piece(text: str) -> None:
+    """A piece of an answer, at once, without characters that would steer the terminal."""
+    sys.stdout.write("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
+    sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_simulator import bound, cluster, engine, metrics, picture, schedulers, synthetic, trace
 from kernelm_simulator.profiles import Profiles
 
-HOUR = 3600.0
+HOUR, DAY = 3600.0, 86400.0
 SYNTHETIC = ("poisson", "diurnal")
 HEADINGS = ("average", "median", "p99", "makespan", "worst rho", "rho > 1", "in use", "restarting", "restarts", "decide ms", "p99")
 
@@ -26,9 +27,9 @@ HEADINGS = ("average", "median", "p99", "makespan", "worst rho", "rho > 1", "in 
 def simulate(*, trace: Annotated[str, Parameter(name="--trace")], scheduler: str = "scheduler",
              cluster: Annotated[str, Parameter(name="--cluster")] = cluster.SIA,
              data: Annotated[Path | None, Parameter(env_var="KERNELM_SIA_DATA")] = None, jobs: int = 0, seed: int = 0,
-             sizes: Literal["auto", "elastic", "rigid"] = "auto", refresh_s: float = engine.ROUND_S, blind: bool = False,
-             settings: Path | None = None, json: Annotated[bool, Parameter(negative="")] = False,
-             picture: Annotated[Path | None, Parameter(name="--picture")] = None,
+             from_day: float = 0.0, days: float = inf, sizes: Literal["auto", "elastic", "rigid"] = "auto",
+             round_s: float = engine.ROUND_S, refresh_s: float = engine.ROUND_S, blind: bool = False, settings: Path | None = None,
+             json: Annotated[bool, Parameter(negative="")] = False, picture: Path | None = None,
              by: Literal["job", "tenant", "type"] = "job") -> int:  # fmt: skip
     """Replay a trace of jobs through scheduler plugins, and compare them.
 
@@ -44,9 +45,15 @@ def simulate(*, trace: Annotated[str, Parameter(name="--trace")], scheduler: str
         Folder that holds `profiles/`, for traces that name applications.
     jobs
         Only so many jobs of the trace; of a synthetic one 160 if not given.
+    from_day
+        Only the jobs of the trace that were submitted so many days after its first one, or later.
+    days
+        And for so many days.
     sizes
         Whether jobs are given as elastic or with the number of devices their owners asked for; auto: elastic for the
         schedulers that resize jobs.
+    round_s
+        Rounds are held at multiples of that; the job table, which asks whenever something happens, is more like 5.
     refresh_s
         A round is held at least so often while jobs wait or could be resized.
     blind
@@ -59,21 +66,17 @@ def simulate(*, trace: Annotated[str, Parameter(name="--trace")], scheduler: str
         What the bands of the picture are coloured by.
     """
     machines = _cluster(cluster)
-    work = _jobs(trace, data, jobs, seed)
+    work = _jobs(trace, data, jobs, seed, (from_day * DAY, days * DAY))
     tables = _settings(settings)
     loaded = [schedulers.load(name.strip(), tables.get(name.strip())) for name in scheduler.split(",")]
-    results: list[tuple[str, engine.Result]] = []
-    with Progress(transient=True, console=Console(stderr=True), disable=json) as progress:
-        task = progress.add_task("", total=len(loaded))
-        for one in loaded:
-            progress.update(task, description=one.name)
+    results = []
+    with Progress(transient=True, console=Console(stderr=True), disable=json) as progress, quiet():
+        for one in progress.track(loaded, description="simulating"):
             rigid = sizes == "rigid" or (sizes == "auto" and not one.resizes)
-            options = engine.Options(refresh_s=refresh_s, rigid=rigid, remaining_known=not blind)
-            with quiet():
-                results.append((one.name, engine.Simulation(work, machines, one.decide, options).run()))
-            progress.advance(task)
+            options = engine.Options(round_s, refresh_s, rigid, not blind)
+            results.append((one.name, engine.Simulation(work, machines, one.decide, options, one.steady).run()))
     summaries = [metrics.summarize(name, result, machines) for name, result in results]
-    least = bound.least_average(work, machines)
+    least = bound.least_average(work, machines, round_s)
     if json:
         print_json({"trace": trace, "jobs": len(work), "cluster": cluster, "bound": least, "schedulers": summaries})
     else:
@@ -118,10 +121,13 @@ _cluster = cluster.parse
 _draw = picture.draw
 
 
-def _jobs(name: str, data: Path | None, jobs: int, seed: int) -> list[trace.TraceJob]:
+def _jobs(name: str, data: Path | None, jobs: int, seed: int, window: tuple[float, float]) -> list[trace.TraceJob]:
     if name in SYNTHETIC:
         return synthetic.generate(name, jobs or 160, seed)
-    return trace.read(Path(name), Profiles(data / "profiles") if data else None, jobs)
+    if not (window[0] >= 0 and window[1] > 0):
+        said = f"{window[1] / DAY:g} days from day {window[0] / DAY:g} on"
+        raise ClientFault("invalid", f"no job can be of {said}", "--days above 0, --from-day not below 0")
+    return trace.read(Path(name), Profiles(data / "profiles") if data else None, jobs, from_s=window[0], for_s=window[1])
 
 
 def _settings(path: Path | None) -> dict[str, Any]:

@@ -1,12 +1,18 @@
 """Folders that a run file names: `{folder = "..."}` and `{package = "...", path = "..."}`. Nothing is imported."""
 
 import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from kernelm_cli.session import running
 from kernelm_sdk.errors import ClientFault
 
 
@@ -40,12 +46,38 @@ def locate(value: dict[str, Any], base: Path) -> tuple[Path, dict[str, str]]:
         folder, version = _in_package(source)
         origin = {"package": source.package, "version": version, "path": source.path}
     if not folder.exists():
-        raise ClientFault("missing_source", f"{folder} does not exist", "correct the path; it is relative to the run file")
+        raise ClientFault("missing_source", f"{folder.resolve()} does not exist",
+                          "correct the path, which is relative to the run file; if a script makes the folder, its head says so")
     if not folder.is_dir():
         raise ClientFault("missing_source", f"{folder} is no folder", "name the folder that holds the files")
     if not any(p.is_file() for p in folder.rglob("*")):
         raise ClientFault("empty_source", f"{folder} holds no file", "put the documents there, or name another folder")
     return folder, origin
+
+
+@contextmanager
+def visible(path: Path, home: Path) -> Iterator[Path]:
+    """A folder with what is at `path`, a folder or a file, where the artifacts service sees it: of a home that an engine runs, a
+    container has the scratch/ alone. A file is the only one in its folder, linked where that goes."""
+    if running(home).pid and path.is_dir():
+        yield path
+        return
+    (home / "scratch").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="source-", dir=home / "scratch") as place:
+        folder = Path(place) / "files"
+        if path.is_dir():
+            shutil.copytree(path, folder, symlinks=True)
+        else:
+            folder.mkdir()
+            _link(path, folder / path.name)
+        yield folder
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
 
 
 def _in_package(source: PackageSource) -> tuple[Path, str]:

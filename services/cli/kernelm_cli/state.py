@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernelm.lifecycle import LIVE
+from kernelm_cli.home import UpFile
 from kernelm_cli.session import Output, connection, print_json, running, stdout
 from kernelm_cli.view import duration
 from kernelm_sdk.bus import Bus
@@ -48,12 +49,8 @@ def ps(*, output: Output = Output(), all: Annotated[bool, Parameter(name=["--all
         print_json({"up": up, "instances": instances, "pools": state.pools, "routes": state.routes, "health": state.health})
         return 0
     console, now = stdout(), time.time()
-    table = Table(title=f"{output.folder}, up for {duration(now - up.started)}", title_justify="left")
-    for name in ("process", "pid", "starts"):
-        table.add_column(name, justify="left" if name == "process" else "right")
-    for name, process in up.processes.items():
-        table.add_row(name, str(process.pid), str(process.restarts + 1))
-    console.print(table)
+    if up.pid:  # else an engine lists them
+        console.print(_processes(output.folder, up, now))
     table = Table()
     for name in ("instance", "plugin", "pool", "node", "state", "for", "contracts and models", "reason"):
         table.add_column(name, justify="right" if name == "for" else "left", overflow="fold")
@@ -63,6 +60,15 @@ def ps(*, output: Output = Output(), all: Annotated[bool, Parameter(name=["--all
     console.print(table)
     _print_health(state, console)
     return 0
+
+
+def _processes(home: Path, up: UpFile, now: float) -> Table:
+    table = Table(title=f"{home}, up for {duration(now - up.started)}", title_justify="left")
+    for name in ("process", "pid", "starts"):
+        table.add_column(name, justify="left" if name == "process" else "right")
+    for name, process in up.processes.items():
+        table.add_row(name, str(process.pid), str(process.restarts + 1))
+    return table
 
 
 def _print_health(state: SystemState, console: Console) -> None:

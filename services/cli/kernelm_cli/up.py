@@ -24,7 +24,7 @@ from kernelm_cli.child import describe_exit
 from kernelm_cli.home import UpFile, end, find_process, last_lines, leftovers, open_log, read_up
 from kernelm_cli.launcher import Launcher, Options, Tell
 from kernelm_cli.session import Common, stdout
-from kernelm_sdk.errors import FaultBody, KernelFault, from_body
+from kernelm_sdk.errors import ClientFault, FaultBody, KernelFault, from_body
 
 DOWN_S = 90.0
 MARKS = {"ready": ("✓", "green"), "broken": ("✗", "red"), "left out": ("-", "yellow")}
@@ -226,6 +226,8 @@ def down(*, common: Common = Common()) -> int:
     """Stop the system of this home, in the reverse order of its start."""
     home, console = common.folder, stdout()
     running = read_up(home)
+    if running and not running.pid:
+        raise ClientFault("deployed", f"{home} is run by an engine, as containers", "docker compose down")
     launcher = find_process(running.pid, running.created) if running else None
     if launcher is None:
         remains = leftovers(home)

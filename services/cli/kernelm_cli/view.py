@@ -10,8 +10,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from kernelm_cli.curves import Curves
 from kernelm_cli.results import key_result, short
-from kernelm_contracts.jobs import JobRecord, RunView
+from kernelm_contracts.jobs import DEPLOY, JobRecord, RunView
 from kernelm_sdk.system import Progress
 
 FINISHED = frozenset({"done", "dead", "cancelled"})
@@ -19,13 +20,15 @@ MARKS = {"done": Text("✓", "bold green"), "dead": Text("✗", "bold red"), "ca
          "queued": Text("·", "dim"), "placed": Text("·", "cyan")}  # fmt: skip
 # metric -> (how it reads, format); others are shown as "name value", after these
 METRICS = {
-    "loss": ("loss {}", "{:.4f}"), "accuracy": ("accuracy {}", "{:.4f}"), "tokens_per_s": ("{} tokens/s", "{:,.0f}"),
+    "loss": ("loss {}", "{:.4f}"), "accuracy": ("accuracy {}", "{:.4f}"), "validation_accuracy": ("validation {}", "{:.4f}"),
+    "tokens_per_s": ("{} tokens/s", "{:,.0f}"),
     "documents_per_s": ("{} docs/s", "{:,.0f}"), "docs_per_s": ("{} docs/s", "{:,.0f}"), "best": ("best {}", "{:.4f}"),
+    "passages_per_s": ("{} passages/s", "{:,.1f}"),
     "latency_ms": ("{} ms", "{:.2f}"), "throughput": ("{} docs/s", "{:,.0f}"), "memory_mb": ("{} MB", "{:,.0f}"),
     "load_s": ("loaded in {} s", "{:.1f}"), "learning_rate": ("rate {}", "{:.1e}"),
 }  # fmt: skip
 LEFT = ("left_s", "eta_s", "time_left_s", "remaining_s")  # a plugin's own estimate goes before ours
-HIDDEN = frozenset({*LEFT, "elapsed_s"})
+HIDDEN = frozenset({*LEFT, "elapsed_s", "step", "epoch", "gradient_norm", "validation_loss"})  # of no use without the others
 PLAIN_EVERY_S = 10.0
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -55,6 +58,11 @@ def lines(view: RunView) -> Iterator[Line]:
         yield Line(stage.name, 0, job)
         if job is not None:
             yield from below(job, 1)
+
+
+def serves(job: JobRecord) -> bool:
+    """Whether it is a replica that answers: its stage is over, though it goes on running."""
+    return job.spec.uses == DEPLOY and job.state == "running" and bool(job.result)
 
 
 def duration(seconds: float) -> str:
@@ -95,8 +103,8 @@ def metrics(progress: Progress) -> str:
 
 
 def outcome(job: JobRecord) -> str:
-    """What a finished job came to."""
-    if job.state == "done":
+    """What a job that is over came to."""
+    if job.state == "done" or serves(job):
         return ("found, not repeated: " if job.reused else "") + key_result(job)
     if job.state == "dead":
         return job.fault.message if job.fault else job.why or "failed"
@@ -104,10 +112,10 @@ def outcome(job: JobRecord) -> str:
 
 
 class RunDrawing:
-    """The live picture of a run; keeps the spinner's phase between two frames."""
+    """The live picture of a run; keeps the spinner's phase and the curves between two frames."""
 
     def __init__(self) -> None:
-        self._spinner = Spinner("dots", style="cyan")
+        self._spinner, self._curves = Spinner("dots", style="cyan"), Curves()
 
     def draw(self, view: RunView, now: float, notice: str = "") -> RenderableType:
         """One line a job; `notice` stands below, e.g. while the connection is away."""
@@ -119,8 +127,16 @@ class RunDrawing:
         table.add_column(justify="right", no_wrap=True)
         for line in lines(view):
             table.add_row(*self._row(line, now))
+            if curve := self._curve(line.job):
+                table.add_row("", "", "", Text(curve, "cyan"), "")
         head = Text.assemble((f"run {view.run.spec.name}", "bold"), (f"  {view.run.id}", "dim"))
         return Group(head, table, Text(notice, "yellow")) if notice else Group(head, table)
+
+    def _curve(self, job: JobRecord | None) -> str:
+        if job is None:
+            return ""
+        self._curves.take(job)
+        return self._curves.draw(job.id)
 
     def _row(self, line: Line, now: float) -> tuple[RenderableType, ...]:
         name = Text("  " * line.depth + line.name, "default" if line.depth else "bold")
@@ -130,6 +146,8 @@ class RunDrawing:
         if job.state in FINISHED:
             style = {"done": "green", "dead": "red"}.get(job.state, "yellow")
             return MARKS[job.state], name, "", Text(outcome(job), style), Text(duration(took(job, now)), "dim")
+        if serves(job):
+            return MARKS["done"], name, "", Text(outcome(job), "green"), ""
         if job.state != "running":
             return MARKS[job.state], name, "", Text(f"{job.state}: {job.why}" if job.why else job.state, "dim"), ""
         progress = job.progress
@@ -152,9 +170,10 @@ class PlainRun:
             job = line.job
             if job is None:
                 continue
-            key = f"{job.state}/{job.attempt}/{job.progress.phase if job.state == 'running' else job.why}"
+            what = "serves" if serves(job) else job.progress.phase if job.state == "running" else job.why
+            key = f"{job.state}/{job.attempt}/{what}"
             said, when = self._said.get(job.id, ("", 0.0))
-            if key == said and (job.state != "running" or now - when < PLAIN_EVERY_S):
+            if key == said and (job.state != "running" or serves(job) or now - when < PLAIN_EVERY_S):
                 continue
             self._said[job.id] = key, now
             new.append("  " * line.depth + f"{line.name}: {plain(job, now)}")
@@ -166,6 +185,8 @@ def plain(job: JobRecord, now: float) -> str:
     if job.state in FINISHED:
         mark = {"done": "done", "dead": "FAILED", "cancelled": "cancelled"}[job.state]
         return f"{mark} after {duration(took(job, now))}: {outcome(job)}"
+    if serves(job):
+        return f"serves: {outcome(job)}"
     if job.state != "running":
         return f"{job.state}: {job.why}" if job.why else job.state
     progress = job.progress

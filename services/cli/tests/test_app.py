@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import logging
 import socket
 import stat
 import threading
@@ -14,12 +15,21 @@ from rich.console import Console
 
 from kernelm_cli import faults, keys
 from kernelm_cli.app import execute
-from kernelm_cli.call import over_grpc, over_http, show
+from kernelm_cli.call import over_grpc, over_http, show, show_entities
 from kernelm_cli.home import HomeLock
-from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Label
+from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Entity, ExtractReply, Label
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 
 Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+    """`up` logs to the stderr of its test, which is closed when the next one begins."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +46,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("call news", 2, "TEXT"),
     ("call news x --via http", 2, "KERNELM_KEY"),
     ("call news x --via smoke", 2, "smoke"),
+    ("ask archive", 2, "TEXT"),
+    ("search archive x", 1, "kernelm up"),
+    ("recommend archive business/001.txt", 1, "kernelm up"),
     ("events --type a.b.c", 2, "a.b.c"),
     ("key create k --expires soon", 2, "soon"),
     ("ps", 1, "kernelm up"),
@@ -135,6 +148,15 @@ def test_an_answer_shows_bars_and_who_gave_it() -> None:
     assert lines[0].count("█") == 27
     assert lines[1].count("█") == 3
     assert lines[2] == "news generation 2, artifact cdcdcdcdcdcd, 7 tokens, 1.5 ms"
+
+
+def test_entities_are_shown_where_they_stand() -> None:
+    found = (Entity("person", 0, 8, 0.98), Entity("place", 18, 23, 0.9))
+    console = Console(file=io.StringIO(), width=100)
+    show_entities(ExtractReply("entities", 1, "sha256:" + "cd" * 32, (found,), 7, 1.5), "Tim Cook spoke in Paris.", console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert lines == ["Tim Cook spoke in Paris.", "Tim Cook  person  0.9800", "Paris     place   0.9000",
+                     "entities generation 1, artifact cdcdcdcdcdcd, 7 tokens, 1.5 ms"]  # fmt: skip
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -17,7 +17,7 @@ from kernelm_cli.child import Child
 from kernelm_sdk.errors import KernelFault
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come true"

@@ -25,7 +25,7 @@ def kernelm(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
                           capture_output=True, text=True, check=False, timeout=240)  # fmt: skip
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come true"
@@ -84,6 +84,7 @@ def test_the_life_of_a_system(home: Path, tmp_path: Path) -> None:
     until(lambda: kernelm(home, "jobs", "list").returncode == 0)
 
     made = json.loads(kernelm(home, "key", "create", "k", "--json", "--nats", str(tmp_path / "k.creds")).stdout)
+    assert not {"hash", "previous_hash"} & set(made["key"])
     assert (tmp_path / "k.creds").stat().st_mode & 0o777 == 0o600
     for via in ("nats", "http", "grpc"):
         answer = kernelm(home, "call", "nowhere", "a text", "--via", via, "--key", made["secret"])

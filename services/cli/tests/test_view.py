@@ -9,8 +9,8 @@ from rich.console import Console
 from kernelm_cli.results import key_result, tables
 from kernelm_cli.view import PlainRun, RunDrawing, duration, left, lines, metrics
 from kernelm_contracts.data import DatasetCard, Prepared
-from kernelm_contracts.jobs import JobRecord, JobSpec, RunRecord, RunSpec, RunView, StageSpec
-from kernelm_contracts.optimizer import Optimized, Row
+from kernelm_contracts.jobs import Deployed, JobRecord, JobSpec, RunRecord, RunSpec, RunView, StageSpec
+from kernelm_contracts.optimizer import Change, Compressed, Optimized, Row
 from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import Scores, Trained
 from kernelm_sdk.errors import FaultBody
@@ -101,6 +101,11 @@ def test_key_results_of_all_stages() -> None:
     trained = job("train", "trainer/1.train", "done", Trained(DIGEST, "encoder", "adamw", 22_000_000, TEST, TEST, 160.0, 5000.0))
     assert key_result(trained) == "accuracy 0.9765 on test, 5,000 tokens/s"
     assert key_result(job("o", "optimizer/1.optimize", "done", OPTIMIZED)) == "tfidf of 1 measured, accuracy 0.9765 on test"
+    change = Change("loss", 0.01, -0.01, 0.03, False, "not significant")
+    smaller = Compressed(DIGEST, "int8", *(Measurement(DIGEST, TEST, ms, 9.0, 1.0, size, 1.0, 1.0)
+                                           for ms, size in ((4.0, 2_000_000), (2.0, 1_000_000))), change)  # fmt: skip
+    assert key_result(job("c", "optimizer/1.compress", "done", smaller)) == (
+        "int8: 2.00 to 1.00 MB, 4.00 to 2.00 ms; not significant")
     served = {"model": "news", "generation": 3, "artifact": DIGEST, "pool": "news-g3"}
     assert key_result(job("deploy", "deploy", "done", served)) == "news generation 3, artifact abababababab"
 
@@ -116,3 +121,41 @@ def test_the_tables_show_quality_and_every_candidate() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for figure in ("0.9765", "0.9751", "0.9758", "winner", "not measured: the budget was spent", "4,100", "3.0"):
         assert figure in text
+
+
+def test_a_model_that_writes_has_no_labels_in_its_table() -> None:
+    scores = Scores("test", 1289, 0.4312, 0.0, 0.0, 2.5, tokens=18_034, perplexity=12.18)
+    trained = Trained(DIGEST, "seq2seq-lm", "adamw", 6_685_696, scores, scores)
+    (table,) = tables(view(PREPARED, job("train", "trainer/1.train", "done", trained)))
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "macro" not in text
+    assert all(figure in text for figure in ("1,289", "18,034", "0.4312", "12.18"))
+
+
+def test_of_a_model_that_finds_entities_the_whole_ones_count() -> None:
+    labels = {name: {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 9.0} for name in ("B-person", "I-person", "O")}
+    whole = {"precision": 0.6285, "recall": 0.6937, "f1": 0.6595, "support": 1727.0}
+    scores = Scores("test", 1490, 0.9651, 0.7306, 0.7436, 0.1, per_label=labels | {"entities": whole})
+    done = job("train", "trainer/1.train", "done", Trained(DIGEST, "token-classification", "adamw", 9, scores, scores))
+    assert key_result(done) == "F1 0.6595 of entities on test"
+    console = Console(file=io.StringIO(), width=160)
+    console.print(*tables(view(PREPARED, done)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "macro" not in text
+    assert all(figure in text for figure in ("1,490", "1,727", "0.6285", "0.6937", "0.6595", "0.9651"))
+    named = Scores("test", 9, 0.75, 0.7, 0.7, 0.1, per_label={"entities": labels["O"], "sport": labels["O"]})  # a class
+    done = job("train", "trainer/1.train", "done", Trained(DIGEST, "encoder", "adamw", 9, named, named))
+    assert key_result(done) == "accuracy 0.7500 on test"
+
+
+def test_a_replica_that_serves_is_a_stage_that_is_over() -> None:
+    serving = job("deploy", "deploy", result=Deployed("news", 3, DIGEST, "news-g3"), progress=Progress(1.0, "serving"))
+    said = PlainRun()
+    (line,) = said.update(view(serving), 1030.0)
+    assert line == f"deploy: serves: news generation 3, artifact {'ab' * 6}"
+    assert not said.update(view(serving), 1060.0), "it is said once, however long it serves"
+    assert "✓ deploy" in drawn(view(serving))
+    starting = job("deploy", "deploy", progress=Progress(0.0, "starting"))
+    assert "running: starting" in PlainRun().update(view(starting), 1030.0)[0]

@@ -10,12 +10,14 @@ import msgspec
 from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from kernelm_gateway.loading import LoadingProgress
 from kernelm_sdk.errors import Fault, KernelFault
 
 RETRY_S = 1  # when nobody knows better
 LONGEST = 1000  # characters of a text in gRPC's trailers, which clients limit to 8 KB in all
 DOMAIN = "kernelm"
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 501: "invalid_request_error"}
+CLIENTS = {"timeout": 408, "method_not_allowed": 405}  # HTTP's own, where it is the client who is late or mistaken
 CODES = {
     "unauthorized": code_pb2.UNAUTHENTICATED, "permission_denied": code_pb2.PERMISSION_DENIED,
     "unknown_model": code_pb2.NOT_FOUND, "not_found": code_pb2.NOT_FOUND, "already_exists": code_pb2.ALREADY_EXISTS,
@@ -35,6 +37,7 @@ class ErrorDetail(msgspec.Struct, frozen=True):
     remedy: str
     whose: str  # "client", "plugin", "kernel": whose fault it is
     retriable: bool
+    progress: LoadingProgress | msgspec.UnsetType = msgspec.UNSET  # of a model that does not answer yet
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -47,6 +50,8 @@ def of_bug() -> KernelFault:
 
 
 def http_status(fault: Fault) -> int:
+    if fault.whose == "client" and fault.code in CLIENTS:
+        return CLIENTS[fault.code]
     return 500 if fault.code == "internal" and fault.whose == "kernel" else fault.http_status
 
 
@@ -55,8 +60,9 @@ def http_body(fault: Fault) -> ErrorBody:
     status = http_status(fault)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = fault.details.get("param")
+    progress = fault.details.get("progress")
     return ErrorBody(ErrorDetail(fault.message, kind, fault.code, str(param) if param else None, fault.remedy, fault.whose,
-                                 fault.retriable))  # fmt: skip
+                                 fault.retriable, msgspec.convert(progress, LoadingProgress) if progress else msgspec.UNSET))
 
 
 def http_headers(fault: Fault) -> dict[str, str]:

@@ -4,8 +4,10 @@ Sources: grpc.io, "Core concepts"; github.com/grpc/grpc, doc/health-checking.md 
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,16 +17,17 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from grpc_status import rpc_status
 
-from kernelm_gateway import faults, protobuf
+from kernelm_gateway import open_inference, protobuf
 from kernelm_gateway.gate import Gate
+from kernelm_gateway.grpc_answers import metadata, refuse, status_of
+from kernelm_gateway.inference_api import InferenceService
 from kernelm_gateway.messages import Codec
+from kernelm_sdk import tls
 from kernelm_sdk.contract import CONTRACTS, Contract, Method
-from kernelm_sdk.errors import ClientFault, Fault, invalid
+from kernelm_sdk.errors import ClientFault, invalid
 from kernelm_sdk.system import Key
 
-log = logging.getLogger("kernelm.gateway")
 WATCH_S = 0.5  # how often a health watcher's answer is looked at anew: the connection does not tell when it is lost
 Health = health_pb2.HealthCheckResponse
 
@@ -32,25 +35,47 @@ Health = health_pb2.HealthCheckResponse
 async def start_grpc(gate: Gate, host: str, port: int) -> tuple[grpc.aio.Server, int]:
     """Serve on `host`:`port` (0: a free one); the server and its port. ClientFault "port_taken"."""
     contracts = [c for c in CONTRACTS.values() if protobuf.callable_methods(c)]
-    files = [protobuf.describe(c) for c in contracts]
+    files = [*(protobuf.describe(c) for c in contracts), open_inference.describe()]
     pool = protobuf.make_pool(files)
     for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
         pool.AddSerializedFile(file.serialized_pb)
     limit = gate.settings.max_body_bytes
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)])
-    names = {protobuf.package(c) + f".{c.__name__}": c for c in contracts}
-    server.add_generic_rpc_handlers([_service(gate, name, contract, pool) for name, contract in names.items()])
+    services = {protobuf.package(c) + f".{c.__name__}": c for c in contracts}
+    server.add_generic_rpc_handlers([_service(gate, name, contract, pool) for name, contract in services.items()])
+    server.add_generic_rpc_handlers([InferenceService(gate, pool, version("kernelm-gateway")).handler()])
+    names = [*services, open_inference.SERVICE]
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(gate, frozenset(names)), server)
     reflection.enable_server_reflection([*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
                                          reflection.SERVICE_NAME], server, pool)  # fmt: skip
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_secure_port(address, _credentials()) if tls.files() else server.add_insecure_port(address)
     except RuntimeError as error:
         raise ClientFault("port_taken", f"gRPC can't listen on {address}: {error}",
                           "set KERNELM_GRPC_PORT to another port (0 for a free one)") from None  # fmt: skip
     await server.start()
     return server, bound
+
+
+def _credentials() -> grpc.ServerCredentials:
+    """The environment's certificate; gRPC asks for another one before each handshake."""
+
+    def present() -> tuple[int, grpc.ServerCertificateConfiguration]:
+        given, at = tls.needed(), tls.stamp()
+        pair = (Path(given.key).read_bytes(), Path(given.certificate).read_bytes())
+        return at, grpc.ssl_server_certificate_configuration([pair])
+
+    shown, first = present()
+
+    def another() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
+        if tls.stamp() == shown:
+            return None
+        shown, now = present()
+        return now
+
+    return grpc.dynamic_ssl_server_credentials(first, another)
 
 
 def _service(gate: Gate, name: str, contract: type[Contract], pool: DescriptorPool) -> grpc.GenericRpcHandler:
@@ -81,39 +106,27 @@ class Endpoint:
             reply = await self.gate.call(key, self.method, request, model, context.time_remaining() or 0.0)
             return self.reply.write(reply)
         except Exception as error:
-            status = self._status(error)
-        return await _refuse(context, status)
+            status = status_of(error, f"{self.method.contract.id()}.{self.method.name}")
+        return await refuse(context, status)
 
     async def streamed(self, message: Message, context: Any) -> AsyncIterator[Message]:
         try:
             key, request, model = await self._admit(message, context)
-            async for frame in self.gate.stream(key, self.method, request, model):
-                yield self.reply.write(frame)
+            async with aclosing(self.gate.stream(key, self.method, request, model)) as frames:
+                async for frame in frames:
+                    yield self.reply.write(frame)
             return
         except Exception as error:
-            status = self._status(error)
-        await _refuse(context, status)
+            status = status_of(error, f"{self.method.contract.id()}.{self.method.name}")
+        await refuse(context, status)
 
     async def _admit(self, message: Message, context: Any) -> tuple[Key, msgspec.Struct, str]:
-        metadata = dict(context.invocation_metadata() or ())
-        key = await self.gate.identify(metadata.get("authorization", ""))
+        key = await self.gate.arrive(metadata(context))
         try:
             request = self.request.read(message)
         except msgspec.ValidationError as error:
             raise invalid(f"{self.method.contract.id()}.{self.method.name}: the request", error) from None
         return key, request, getattr(request, "model", "") if self.method.scope == "model" else ""
-
-    def _status(self, error: Exception) -> Any:
-        if not isinstance(error, Fault):
-            log.exception("%s.%s failed over gRPC", self.method.contract.id(), self.method.name, exc_info=error)
-            error = faults.of_bug()
-        return faults.grpc_status(error)
-
-
-async def _refuse(context: Any, status: Any) -> Any:
-    """End the call with a rich status: code, message and details in the trailers."""
-    rich = rpc_status.to_status(status)
-    await context.abort(rich.code, rich.details, rich.trailing_metadata)
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):

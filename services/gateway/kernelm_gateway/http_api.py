@@ -1,75 +1,31 @@
-"""HTTP: OpenAI's form where OpenAI has one, the contracts' own structs elsewhere.
+"""HTTP: what is not a call of a model (those are in front.py): models, management, documents;
+jobs and runs are in jobs_api.py. OpenAI's form where
+OpenAI has one, the contracts' own structs elsewhere.
 
-Source: OpenAI API reference, "Embeddings" and "Models".
+Source: OpenAI API reference, "Models".
 """
 
-import base64
 import logging
-import struct
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-from litestar import Litestar, MediaType, Request, Response, Router, get, post
+from litestar import Litestar, MediaType, Request, Response, Router, get
 from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.handlers import BaseRouteHandler
-from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
+from litestar.params import FromPath, FromQuery
 
-from kernelm_contracts.jobs import JobList, JobQuery, Jobs, RunName, RunView
-from kernelm_contracts.server import ClassifyReply, ClassifyRequest, EmbedReply, EmbedRequest, Server
-from kernelm_gateway import docs_page, faults, management, openapi
-from kernelm_gateway.gate import Gate
-from kernelm_gateway.usage import Usage
-from kernelm_sdk.contract import method_of
-from kernelm_sdk.errors import ClientFault, Fault, invalid
+from kernelm_contracts.shadows import Shadow
+from kernelm_contracts.usage import UsageQuery, UsageReport
+from kernelm_gateway import docs_page, faults, jobs_api, management, openapi
+from kernelm_gateway.front import ENDPOINTS, Front
+from kernelm_gateway.gate import USAGE, Gate, unknown_model
+from kernelm_gateway.metrics import CONTENT_TYPE
+from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.system import Instance, Key, Route
 
 log = logging.getLogger("kernelm.gateway")
-CLASSIFY, EMBED, FIND, GET_RUN = map(method_of, (Server.classify, Server.embed, Jobs.find, Jobs.get_run))
-Natural = Annotated[int, msgspec.Meta(ge=0)]
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}  # of what Litestar refuses by itself
-
-
-class ClassifyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to classify, and by which deployment."""
-
-    model: str
-    input: str | list[str]
-    top: Natural = 0  # the best so many labels a text; 0 for all
-    at_least: Natural = 0  # refuse with 409 if the deployment's generation is lower
-
-
-class EmbeddingsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """OpenAI's request; `dimensions` is not supported, `user` is not used."""
-
-    model: str
-    input: str | list[str]
-    encoding_format: Literal["float", "base64"] = "float"  # base64: of little-endian float32
-    dimensions: int | None = None
-    user: str = ""
-    at_least: Natural = 0
-
-
-class Embedding(msgspec.Struct, frozen=True):
-    index: int
-    embedding: tuple[float, ...] | str
-    object: Literal["embedding"] = "embedding"
-
-
-class EmbeddingsUsage(msgspec.Struct, frozen=True):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Embeddings(msgspec.Struct, frozen=True):
-    """OpenAI's answer, and which generation and artifact gave it."""
-
-    data: list[Embedding]
-    model: str
-    usage: EmbeddingsUsage
-    generation: int
-    artifact: str  # digest
-    object: Literal["list"] = "list"
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -92,6 +48,7 @@ class Deployment(msgspec.Struct, frozen=True):
 
     route: Route
     instances: tuple[Instance, ...]
+    shadow: Shadow | None = None  # the deployment that answers copies of its calls, and what came of them
 
 
 class DeploymentList(msgspec.Struct, frozen=True):
@@ -102,24 +59,10 @@ class Health(msgspec.Struct, frozen=True):
     status: Literal["ok"]
 
 
-@post("/classify", status_code=200)
-async def classify(request: Request[Any, Any, Any], data: JSONBody[ClassifyBody]) -> ClassifyReply:
-    """The labels of each text with their probabilities, best first."""
-    body = ClassifyRequest(_texts(data.input), data.model, data.top, data.at_least)
-    reply: ClassifyReply = await _gate(request).call(request.state.key, CLASSIFY, body, data.model)
-    return reply
-
-
-@post("/embeddings", status_code=200)
-async def embeddings(request: Request[Any, Any, Any], data: JSONBody[EmbeddingsBody]) -> Embeddings:
-    """A vector of unit length for each text."""
-    if data.dimensions is not None:
-        raise ClientFault("invalid", "dimensions: a model has one size only", "leave `dimensions` out", param="dimensions")
-    body = EmbedRequest(_texts(data.input), data.model, data.at_least)
-    reply: EmbedReply = await _gate(request).call(request.state.key, EMBED, body, data.model)
-    form = _base64 if data.encoding_format == "base64" else tuple
-    return Embeddings([Embedding(index, form(row)) for index, row in enumerate(reply.embeddings)], reply.model,
-                      EmbeddingsUsage(reply.tokens, reply.tokens), reply.generation, reply.artifact)  # fmt: skip
+async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """A guard: runs before anything of the body is read, and leaves the key in the request's state."""
+    key: Key = await connection.app.state.gate.arrive(lambda name: connection.headers.get(name, ""))
+    connection.state.key = key
 
 
 @get("/models")
@@ -129,34 +72,43 @@ async def models(request: Request[Any, Any, Any]) -> ModelList:
     return ModelList([Model(route.name, route.generation, route.artifact) for route in routes])
 
 
+@get("/models/{name:str}")
+async def model(request: Request[Any, Any, Any], name: FromPath[str]) -> Model:
+    """One of them."""
+    routes = await _gate(request).deployments(request.state.key)
+    for route in routes:
+        if route.name == name:
+            return Model(route.name, route.generation, route.artifact)
+    raise unknown_model(name, [route.name for route in routes])
+
+
 @get("/deployments")
 async def deployments(request: Request[Any, Any, Any]) -> DeploymentList:
     """The deployments that the key was granted, with the pools and instances behind each."""
     state = await _gate(request).state()
     routes = _gate(request).visible(request.state.key, state)
     pools = {route.name: {to.pool for to in route.to} for route in routes}
-    return DeploymentList([Deployment(r, tuple(i for i in state.instances if i.pool in pools[r.name])) for r in routes])
+    shadows = _gate(request).shadows.known
+    return DeploymentList([Deployment(r, tuple(i for i in state.instances if i.pool in pools[r.name]), shadows.get(r.name))
+                           for r in routes])  # fmt: skip
 
 
-@get("/jobs")
-async def jobs(request: Request[Any, Any, Any], job_state: Annotated[str, QueryParameter(name="state")] = "",
-               run: FromQuery[str] = "", limit: Annotated[int, QueryParameter(ge=1, le=1000)] = 100) -> JobList:  # fmt: skip
-    """The jobs of the key's tenant, optionally only those in one `state` or of one `run`."""
-    reply: JobList = await _gate(request).call(request.state.key, FIND, JobQuery(job_state, run, limit))
+@get("/usage")
+async def usage(request: Request[Any, Any, Any], since: FromQuery[str] = "", until: FromQuery[str] = "") -> UsageReport:
+    """What the key's tenant has used from the day `since` (the first of this month) to `until` (today), over HTTP, gRPC and NATS,
+    and what is left of its budgets."""
+    reply: UsageReport = await _gate(request).call(request.state.key, USAGE, UsageQuery(since=since, until=until))
     return reply
 
 
-@get("/runs/{run_id:str}")
-async def get_run(request: Request[Any, Any, Any], run_id: FromPath[str]) -> RunView:
-    """A run of the key's tenant, with its jobs."""
-    reply: RunView = await _gate(request).call(request.state.key, GET_RUN, RunName(run_id))
-    return reply
-
-
-@get("/usage", sync_to_thread=False)
-def usage(request: Request[Any, Any, Any]) -> Usage:
-    """What the key's tenant has used since this gateway started."""
-    return _gate(request).meter.of(request.state.key.tenant)
+@get("/metrics", guards=[authenticate], media_type=MediaType.TEXT)
+async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
+    """For Prometheus; with a key whose methods name "metrics", or an administrator's."""
+    key: Key = request.state.key
+    if not key.admin and "metrics" not in key.methods:
+        raise ClientFault("permission_denied", f"API key {key.id} ({key.name}) may not read the metrics",
+                          "`kernelm key create prometheus --methods metrics` makes one that may")  # fmt: skip
+    return Response(await _gate(request).ledger.metrics.text(), media_type=CONTENT_TYPE)
 
 
 @get("/healthz", security=[], sync_to_thread=False)
@@ -179,20 +131,14 @@ def openapi_json(request: Request[Any, Any, Any]) -> dict[str, Any]:
     return document
 
 
-async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """A guard: runs before anything of the body is read, and leaves the key in the request's state."""
-    key: Key = await connection.app.state.gate.identify(connection.headers.get("authorization", ""))
-    connection.state.key = key
-
-
-def make_app(gate: Gate) -> Litestar:
+def make_app(gate: Gate) -> Front:
     """The ASGI application in front of `gate`."""
-    own = [classify, embeddings, models, deployments, jobs, get_run, usage]
+    own = [models, model, deployments, usage, *jobs_api.HANDLERS]
     v1 = Router("/v1", route_handlers=[*own, *management.handlers()], guards=[authenticate])
-    app = Litestar([v1, healthz, docs, openapi_json], openapi_config=None, logging_config=None,
+    app = Litestar([v1, healthz, metrics, docs, openapi_json], openapi_config=None, logging_config=None,
                    request_max_body_size=gate.settings.max_body_bytes, exception_handlers={Exception: refuse})  # fmt: skip
-    app.state.gate, app.state.openapi = gate, openapi.describe(app)
-    return app
+    app.state.gate, app.state.openapi = gate, openapi.describe(app, ENDPOINTS)
+    return Front(gate, app)
 
 
 def refuse(request: Request[Any, Any, Any], error: Exception) -> Response[faults.ErrorBody]:
@@ -222,14 +168,3 @@ def _fault(request: Request[Any, Any, Any], error: Exception) -> Fault:
 def _gate(request: Request[Any, Any, Any]) -> Gate:
     gate: Gate = request.app.state.gate
     return gate
-
-
-def _texts(given: str | list[str]) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else tuple(given)
-    if not texts:
-        raise invalid("input", ValueError("there is no text in it"), "send a text or a list of texts")
-    return texts
-
-
-def _base64(row: tuple[float, ...]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode()

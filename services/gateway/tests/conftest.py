@@ -7,17 +7,25 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
+from kernelm_contracts.data import Data, Redacted, RedactedPart, RedactState
 from kernelm_contracts.jobs import JobList, JobRecord, Jobs, JobSpec, RunRecord, RunSpec, RunView
-from kernelm_contracts.server import ClassifyReply, EmbedReply, Label, Server
+from kernelm_contracts.retriever import AnswerFrame, RecommendReply, Retriever, SearchReply, Source
+from kernelm_contracts.server import ClassifyReply, EmbedReply, GenerateFrame, Label, Server, Usage
+from kernelm_contracts.shadows import Shadow
+from kernelm_contracts.usage import CallUsage, DayUsage, HeldUsage, TenantUsage, UsageReport
 from kernelm_gateway.gate import Gate
+from kernelm_gateway.http_api import make_app
 from kernelm_gateway.settings import GatewaySettings
 from kernelm_sdk.contract import Method, method_of
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.system import Destination, Instance, Kernel, Key, Route, SystemState
+from kernelm_sdk.usage import Meter
 
+USED = TenantUsage({"news": CallUsage(2, 1, 30, 4)}, {"jobs": HeldUsage(7.5, 100.0, 1.0)})
 DIGEST = "sha256:" + "ab" * 32
 SECRET = "s3cret_with-all_sorts-of-signs"
 
@@ -39,6 +47,13 @@ class FakeBucket:
         self.reads += 1
         return self.records.get(key), 1
 
+    async def all(self, prefix: str) -> dict[str, tuple[Any, int]]:
+        return {key: (record, 1) for key, record in self.records.items() if key.startswith(f"{prefix}.")}
+
+
+class FakeSubscription:
+    async def unsubscribe(self) -> None: ...
+
 
 class FakeBus:
     """`answers`: "contract/major.method" -> function of the request (a list of frames for a streamed one)."""
@@ -46,14 +61,27 @@ class FakeBus:
     connected = True
 
     def __init__(self) -> None:
+        self.handlers: dict[str, Any] = {}  # pattern -> who follows it
+        self.instances: list[str] = []  # that were called by name
         self.keys = FakeBucket({"k1": make_key()})
+        self.deployments = FakeBucket({})
         self.answers: dict[str, Callable[[Any, str], Any]] = {}
         self.calls: list[tuple[str, str, Any, float]] = []  # method, model, request as it arrived, timeout in s
         self.headers: dict[str, str] | None = None  # of the last call
+        self.meter = Meter()
+
+    @property
+    def of_models(self) -> list[Any]:
+        """The calls of models; what the gateway asks for itself is none of the caller's."""
+        return [call for call in self.calls if call[1]]
+
+    async def follow(self, handler: Any, pattern: str = "evt.>") -> Any:
+        self.handlers[pattern] = handler
+        return FakeSubscription()
 
     def bucket(self, name: str, kind: type) -> FakeBucket:
-        assert (name, kind) == ("keys", Key)
-        return self.keys
+        assert (name, kind) in (("keys", Key), ("deployments", Shadow))
+        return self.keys if name == "keys" else self.deployments
 
     def _answer(self, declared: Any, request: msgspec.Struct, model: str, timeout_s: float) -> tuple[Method, Any]:
         method = declared if isinstance(declared, Method) else method_of(declared)
@@ -66,12 +94,16 @@ class FakeBus:
         return method, answer
 
     async def call(self, declared: Any, request: msgspec.Struct, *, model: str = "", timeout_s: float = 30.0,
-                   headers: dict[str, str] | None = None) -> Any:  # fmt: skip
+                   headers: dict[str, str] | None = None, instance: str = "") -> Any:  # fmt: skip
         self.headers = headers
+        self.instances += [instance] if instance else []
         method, answer = self._answer(declared, request, model, timeout_s)
         return msgspec.json.decode(msgspec.json.encode(answer), type=method.reply)
 
-    async def stream(self, declared: Any, request: msgspec.Struct, *, model: str = "", idle_s: float = 30.0) -> AsyncIterator[Any]:
+    async def stream(self, declared: Any, request: msgspec.Struct, *, model: str = "", idle_s: float = 30.0,
+                     instance: str = "", headers: dict[str, str] | None = None) -> AsyncIterator[Any]:  # fmt: skip
+        self.headers = headers
+        self.instances += [instance] if instance else []
         _, frames = self._answer(declared, request, model, idle_s)
         for frame in frames:
             if isinstance(frame, Fault):
@@ -96,6 +128,18 @@ def _embed(request: Any, model: str) -> Any:
     return EmbedReply(model, 3, DIGEST, tuple((0.6, -0.8) for _ in request.input), 4, 1.0)
 
 
+def _generate(request: Any, model: str) -> Any:
+    if model == "gone":
+        return KernelFault("no_responders", "nobody answers on model.gone.generate.gateway", retriable=True)
+    frames = [GenerateFrame(f"w{k}") for k in range(2)]
+    return [*frames, GenerateFrame("", "stop", Usage(3, 2), model, 3, DIGEST)]
+
+
+FOUND = (Source("news/1", "Ada won", "Ada has won in Paris.", 0.7),)
+ENDED = AnswerFrame(finish_reason="stop", usage=Usage(40, 5), model="news", generation=3, artifact=DIGEST, generator=DIGEST)
+ANSWERED = (AnswerFrame(FOUND), AnswerFrame(text="In Paris "), AnswerFrame(text="[1]."), ENDED)
+
+
 def record(identifier: str, tenant: str) -> JobRecord:
     spec = JobSpec("train", "trainer/1.train", {"epochs": 2, "note": None}, tenant=tenant)
     return JobRecord(identifier, spec, "key", "running", 2)
@@ -107,8 +151,17 @@ def view(identifier: str, state: Any = "running") -> RunView:
     return RunView(run, (record("j1", tenant),))
 
 
+@pytest.fixture(scope="session")
+def make_bus() -> Callable[[], FakeBus]:
+    return _bus
+
+
 @pytest.fixture
 def bus() -> FakeBus:
+    return _bus()
+
+
+def _bus() -> FakeBus:
     fake = FakeBus()
     instances = (Instance("e-0", "encoder", "1", "news-g3", "local", "ready"),
                  Instance("s-0", "scheduler", "1", "scheduler", "local", "ready"))  # fmt: skip
@@ -118,8 +171,18 @@ def bus() -> FakeBus:
     state = SystemState(instances, (), routes, 1)
     fake.answers = {
         f"{method_of(m).contract.id()}.{method_of(m).name}": answer for m, answer in {
-            Server.classify: _classify, Server.embed: _embed, Kernel.state: lambda *_: state,
-            Jobs.find: lambda *_: JobList((record("j1", "acme"), record("j2", "other"))),
+            Server.classify: _classify, Server.embed: _embed, Server.generate: _generate,
+            Retriever.search: lambda _, model: SearchReply(model, 3, DIGEST, FOUND, 1.0),
+            Retriever.recommend: lambda _, model: RecommendReply(model, 3, DIGEST, FOUND, 1.0),
+            Retriever.answer: lambda *_: list(ANSWERED), Kernel.state: lambda *_: state,
+            Data.redact: lambda request, _: Redacted(request.texts, ({},) * len(request.texts)),
+            Data.redact_part: lambda request, _: RedactedPart(request.text, RedactState()),
+            Jobs.submit: lambda request, _: JobRecord("new", request, "key"),
+            Jobs.cancel: lambda request, _: record(request.id, "acme"),
+            Jobs.submit_run: lambda request, _: RunRecord("new", request),
+            Jobs.cancel_run: lambda request, _: view(request.id, "cancelled").run,
+            Jobs.usage: lambda request, _: UsageReport((DayUsage("2026-11-28", request.tenant, USED),)),
+            Jobs.find: lambda *_: JobList((record("j1", "acme"), record("j2", "other")), 1),
             Jobs.get: lambda request, _: record(request.id, "acme" if request.id == "j1" else "other"),
             Jobs.get_run: lambda request, _: view(request.id),
             Jobs.follow_run: lambda request, _: [view(request.id), view(request.id, "done")],
@@ -131,6 +194,13 @@ def bus() -> FakeBus:
 @pytest.fixture
 def gate(bus: FakeBus) -> Gate:
     return Gate(bus, GatewaySettings(http_port=0, grpc_port=0))
+
+
+@pytest.fixture
+async def client(gate: Any, auth: Any) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(make_app(gate))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers={"Authorization": auth()}) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,22 +1,20 @@
 """HTTP: what each route answers, and how it refuses. The application runs in memory; the sockets are in test_service.py."""
 
 import base64
+import re
 import struct
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from kernelm_gateway.http_api import make_app
+from kernelm_contracts.server import Entity, ExtractReply
+from kernelm_contracts.usage import UsageQuery
+from kernelm_sdk.errors import KernelFault
 
-
-@pytest.fixture
-async def client(gate: Any, auth: Any) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(make_app(gate))
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers={"Authorization": auth()}) as client:
-        yield client
+DIGEST = "sha256:" + "ab" * 32
 
 
 def error(response: httpx.Response) -> dict[str, Any]:
@@ -72,19 +70,53 @@ async def test_models_and_deployments(client: httpx.AsyncClient, bus: Any, new_k
 async def test_jobs_and_runs_are_the_tenants_own(client: httpx.AsyncClient, bus: Any) -> None:
     answer = (await client.get("/v1/jobs", params={"state": "running", "limit": 5})).json()
     assert [j["id"] for j in answer["jobs"]] == ["j1"]
-    assert msgspec.to_builtins(bus.calls[-1][2]) == {"state": "running", "run": "", "limit": 5}
+    asked = bus.calls[-1][2]
+    assert (asked.state, asked.run, asked.limit, asked.tenant) == ("running", "", 5, "acme")
     assert (await client.get("/v1/runs/mine-1")).json()["run"]["id"] == "mine-1"
     other = await client.get("/v1/runs/theirs-1")
     assert (other.status_code, error(other)["code"]) == (404, "not_found")
     assert (await client.get("/v1/jobs", params={"limit": 0})).status_code == 400
 
 
-async def test_usage_counts_calls_failures_and_tokens(client: httpx.AsyncClient) -> None:
+async def test_extract_and_the_tenant_that_a_call_is_for(client: httpx.AsyncClient, bus: Any) -> None:
+    found = ExtractReply("news", 3, DIGEST, ((Entity("person", 0, 3, 0.9),),), 4, 1.0)
+    bus.answers["server/1.extract"] = lambda *_: found
+    answer = await client.post("/v1/extract", json={"model": "news", "input": "Ada won."})
+    assert answer.json()["results"] == [[{"label": "person", "start": 0, "end": 3, "score": 0.9}]]
+    assert bus.headers == {"Kernelm-Tenant": "acme"}
+    await client.post("/v1/chat/completions", json={"model": "news", "messages": [{"role": "user", "content": "a"}]})
+    assert bus.headers == {"Kernelm-Tenant": "acme"}
+
+
+async def test_calls_failures_and_tokens_are_on_the_tenants_account(client: httpx.AsyncClient, bus: Any) -> None:
     await client.post("/v1/classify", json={"model": "news", "input": ["a", "b"]})
     await client.post("/v1/classify", json={"model": "busy", "input": "a"})
-    usage = (await client.get("/v1/usage")).json()
-    assert (usage["tenant"], usage["calls"], usage["failed"], usage["tokens"]) == ("acme", 2, 1, 10)
-    assert usage["models"] == {"news": {"calls": 1, "failed": 0, "tokens": 10}, "busy": {"calls": 1, "failed": 1, "tokens": 0}}
+    await client.post("/v1/chat/completions", json={"model": "news", "messages": [{"role": "user", "content": "a"}]})
+    rows = {(r.tenant, r.model): (r.calls, r.failed, r.input_tokens, r.output_tokens) for r in bus.meter._rows.values()}
+    assert rows == {("acme", "news"): (2, 0, 13, 2), ("acme", "busy"): (1, 1, 0, 0)}
+    usage = (await client.get("/v1/usage", params={"since": "2026-11-01"})).json()
+    assert [(d["day"], d["tenant"], d["usage"]["calls"]["news"]["calls"]) for d in usage["days"]] == [("2026-11-28", "acme", 2)]
+    assert bus.calls[-1][2] == UsageQuery("acme", "2026-11-01")
+
+
+async def test_metrics_are_for_who_may_read_them(client: httpx.AsyncClient, bus: Any, auth: Any) -> None:
+    assert (await client.get("/metrics")).status_code == 403
+    bus.keys.records["k2"] = msgspec.structs.replace(bus.keys.records["k1"], id="k2", methods=("metrics",))
+    await client.post("/v1/classify", json={"model": "news", "input": ["a", "b"]})
+    bus.answers["server/1.classify"] = lambda *_: KernelFault("no_responders", "nobody answers", retriable=True)
+    assert (await client.post("/v1/classify", json={"model": "weather", "input": "a"})).status_code == 404
+    answer = await client.get("/metrics", headers={"Authorization": auth("k2")})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = [s for family in text_string_to_metric_families(answer.text) for s in family.samples]
+    series = {s.name: s for s in samples if "news" in s.labels.values()}
+    assert series["gen_ai_client_operation_duration_seconds_count"].value == 1
+    assert series["gen_ai_client_token_usage_sum"].value == 10
+    assert series["kernelm_model_generation"].value == 3
+    tokens = {s.labels["token_type"]: s.value for s in samples if s.name == "kernelm_tenant_tokens_total"}
+    assert tokens == {"input": 30, "output": 4}
+    assert [s.value for s in samples if s.name == "kernelm_tenant_core_seconds_total"] == [7.5]
+    assert not [s for s in samples if "weather" in s.labels.values()]
 
 
 @pytest.mark.parametrize(("header", "what"), [
@@ -168,6 +200,11 @@ async def test_docs_show_every_route_and_load_nothing(client: httpx.AsyncClient)
     for route in ("/v1/classify", "/v1/embeddings", "/v1/models", "/v1/jobs", "/v1/runs/{run_id}", "/v1/usage", "/healthz"):
         assert f"<code>{route}</code>" in page.text
     assert "<td>string or list of string<td>required" in page.text
+    assert "Kernelm-Timeout" in page.text
+    assert "`" not in page.text
+    links = set(re.findall(r'href="#(\w+)"', page.text))
+    assert "ChatMessage" in links
+    assert links <= set(re.findall(r'id="(\w+)"', page.text)), "each type that is named is there"
     assert "<script" not in page.text
     assert "http://" not in page.text
     assert "https://" not in page.text

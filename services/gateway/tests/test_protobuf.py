@@ -123,7 +123,7 @@ def test_text(probe: type[Contract]) -> None:
 
 def test_job_methods_are_not_callable() -> None:
     server = protobuf.describe(CONTRACTS["server/1"])
-    assert [m.name for m in server.service[0].method] == ["Classify", "Embed", "Generate", "Info"]
+    assert [m.name for m in server.service[0].method] == ["Classify", "Embed", "Extract", "Generate", "Info"]
     assert "MeasureRequest" not in {m.name for m in server.message_type}
     assert protobuf.callable_methods(CONTRACTS["optimizer/1"]) == []
 

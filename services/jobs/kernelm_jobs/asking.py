@@ -47,6 +47,10 @@ class Asking:
         self._waits = {d.job: d for d in (*kept, *answer.decisions) if d.action == "wait"}
         return Decisions(answer.version, (*answer.decisions, *kept))
 
+    def forget(self) -> None:
+        """Send the whole state the next time."""
+        self._known = None
+
     async def _update(self, known: ClusterState | None, state: ClusterState) -> Decisions:
         if known is not None:
             try:

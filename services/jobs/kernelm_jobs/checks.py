@@ -19,6 +19,7 @@ from kernelm_contracts.scheduler import (
     Share,
     Tenant,
 )
+from kernelm_jobs.holdings import size
 from kernelm_jobs.rounds import CPU_TOLERANCE
 from kernelm_sdk.system import Resources
 
@@ -60,6 +61,7 @@ class _Room:
 
     def __init__(self, state: ClusterState) -> None:
         self.actions = {"place", "wait", "reject", *state.actions}
+        self.kinds = {"scale": self._scale, "place": self._place, "wait": self._waits, "reject": self._waits}
         self.pending = {job.id: job for job in state.pending}
         self.placed = {job.id: job for job in state.placed}
         self.models = {model.name: model for model in state.models}
@@ -82,8 +84,7 @@ class _Room:
             return f"the scheduler says to {d.action} it, which this system can't carry out"
         if not d.reason and d.action != "place":
             return f"the scheduler gave no reason to {d.action}"
-        kinds = {"scale": self._scale, "place": self._place, "wait": self._waits, "reject": self._waits}
-        complaint = kinds.get(d.action, self._change)(d)
+        complaint = self.kinds.get(d.action, self._change)(d)
         if not complaint:
             self.taken.add(d.job)
         return complaint
@@ -124,10 +125,10 @@ class _Room:
         return complaint
 
     def _take(self, d: Decision, job: PendingJob | PlacedJob | ModelState, shares: tuple[Share, ...]) -> str:
-        members = sum(share.members for share in shares)
+        members = size(shares)
         if isinstance(job, PendingJob | PlacedJob) and not job.members <= members <= max(job.most, job.members):
             return f"the scheduler gave it {members} of its {job.members} members: a gang starts whole or not at all"
-        if len({share.type for share in shares}) > 1 or any(share.members < 1 for share in shares):
+        if any(share.members < 1 or share.type != shares[0].type for share in shares):
             return "the scheduler gave it an allocation that is none"
         if d.plugin not in job.plugins and d.action == "place":
             return f"the scheduler gave it to plugin {d.plugin!r}, which can't do it"
@@ -155,11 +156,13 @@ class _Room:
         return ""
 
     def _quota(self, tenant: str, asked: Amounts) -> str:
+        quota, entry = self.quotas.get(tenant), self.tenants.get(tenant)
+        if quota is None and entry is None:
+            return ""
         held = dict(self.held.get(tenant, {}))
         _add(held, asked, 1)
-        if (quota := self.quotas.get(tenant)) and (short := _over(held, amounts(quota, 1), asked)):
+        if quota is not None and (short := _over(held, amounts(quota, 1), asked)):
             return f"the scheduler broke the quota of tenant {tenant}: {short}"
-        entry = self.tenants.get(tenant)
         if entry is None or entry.nominal is None:
             return ""
         limit = amounts(entry.nominal, 1)
@@ -201,8 +204,7 @@ class _Room:
                     self.slots[share.node][plugin] -= sign * share.members
 
     def _book(self, tenant: str, request: Resources, shares: tuple[Share, ...], sign: int) -> None:
-        for share in shares:
-            _add(self.held.setdefault(tenant, {}), amounts(request, share.members), sign)
+        _add(self.held.setdefault(tenant, {}), amounts(request, size(shares)), sign)
 
 
 def _shares(job: PlacedJob) -> tuple[Share, ...]:
@@ -220,7 +222,8 @@ def _add(to: Amounts, what: Amounts, sign: int) -> None:
 
 def _over(need: Amounts, room: Amounts, asked: Amounts | None = None) -> str:
     """The first dimension in which `need` is more than `room`, of those in which something was asked for."""
+    asked = need if asked is None else asked
     for name, amount in need.items():
-        if (asked or need).get(name, 0.0) > 0 and amount > room.get(name, 0.0) + CPU_TOLERANCE:
+        if amount > room.get(name, 0.0) + CPU_TOLERANCE and asked.get(name, 0.0) > 0:
             return f"{amount:g} {name} of {room.get(name, 0.0):g}"
     return ""

@@ -28,15 +28,18 @@ from kernelm_jobs.deployment import (
     raise_if_over,
     request_of,
     result_of,
+    route_to,
     swap_of,
     swap_request,
+    trial_request,
 )
+from kernelm_jobs.examining import examine
 from kernelm_jobs.holdings import shares_of, size
 from kernelm_jobs.states import HOLDING, advance, failed
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, PluginFault
-from kernelm_sdk.system import Kernel, PoolName, PoolSpec, Progress, RollbackRequest, Swap, SystemState
+from kernelm_sdk.system import Kernel, PoolName, PoolSpec, Progress, RollbackRequest, Swap, SystemState, UnloadRequest
 
 log = logging.getLogger("kernelm.jobs")
 PATIENCE_S = 60.0  # for a kernel that restarts
@@ -54,8 +57,8 @@ class Deployer:
 
     async def recover(self) -> None:
         """After a restart: go on with what was under way, finish what had moved, and check what should serve."""
-        for job in self._table.jobs.values():
-            if is_replica(job) and job.state in HOLDING and not job.result:
+        for job in self._table.jobs.in_states(*HOLDING):
+            if is_replica(job) and not job.result:
                 self.begin(job)
         system = await self._cluster.system(PATIENCE_S)
         for deployment in self._table.deployments.values():
@@ -97,12 +100,31 @@ class Deployer:
         async with self._names[request_of(job).name]:
             await self._turn_back(job, f"job {job.id} was cancelled")
 
+    async def undeploy(self, name: str, why: str) -> Deployment:
+        """Take a deployment away. ClientFault "conflict" while another version is being deployed. What was begun by one that was
+        killed in the middle is done by the next call."""
+        self._table.deployment(name)
+        for job in self._table.jobs.in_states(*HOLDING):
+            if is_replica(job) and not job.result and request_of(job).name == name:
+                raise ClientFault("conflict", f"job {job.id} is deploying another version of {name}",
+                                  f"wait for it, or `kernelm jobs cancel {job.id}`", retriable=True)  # fmt: skip
+        async with self._names[name]:
+            last = self._table.deployment(name)
+            system = await self._cluster.system(PATIENCE_S)
+            if any(p.pool == last.pool for p in system.pools):  # while it sleeps, its route leads to this service
+                await self._bus.call(Kernel.set_route, route_to(last, last.pool, why), timeout_s=10.0, patience_s=PATIENCE_S)
+                unload = UnloadRequest(last.pool, force=True, why=why)
+                await self._bus.call(Kernel.unload, unload, timeout_s=10.0, patience_s=PATIENCE_S)
+            for pool in outdated_pools(last, system):
+                await self._bus.call(Kernel.stop_pool, PoolName(pool), timeout_s=10.0, patience_s=PATIENCE_S)
+            await self._release(name, why)
+            await self._table.deployments.delete(name)
+            self._table.publish(ModelScaled(model=name, replicas=0, was=last.replicas, why=why, node=last.node))
+        return last
+
     def before(self, request: RollbackDeployment) -> JobSpec:
         """The job that brings back what a deployment served before; ClientFault if there is no such thing."""
-        now = self._table.deployments.get(request.name)
-        if now is None:
-            known = ", ".join(sorted(d.name for d in self._table.deployments.values())) or "none"
-            raise ClientFault("unknown_model", f"there is no deployment {request.name!r}", f"deployments: {known}")
+        now = self._table.deployment(request.name)
         past = next((p for p in now.history if (p.artifact, p.plugin) != (now.artifact, now.plugin)), None)
         if past is None:
             raise ClientFault("not_found", f"{now.name!r} has served no other model than its present one",
@@ -131,6 +153,8 @@ class Deployer:
         count = size(shares_of(job))
         spec = pool_spec(request, attempt.generation, job.node, count, job.spec.resources)
         await self._table.move(job.id, lambda now: advance(_mine(now, job), "accept"))
+        if request.checks and swap_of(spec.pool, await self._cluster.system(math.inf)) is None:
+            await self._try(job, request, spec, attempt.generation)
         await self._follow(job, request.name, await self._swap(job, request, spec, attempt.generation), PENDING)
         before = self._table.deployments.get(request.name)
         was = before.replicas if before else 0
@@ -161,13 +185,25 @@ class Deployer:
             await self._table.attempts.update(request.name, lambda _: attempt)
         return attempt
 
-    async def _swap(self, job: JobRecord, request: DeployRequest, spec: PoolSpec, generation: int) -> Swap:
+    async def _try(self, job: JobRecord, request: DeployRequest, spec: PoolSpec, generation: int) -> None:
+        """Start the new pool, which gets no calls, and ask it; PluginFault "poor_quality" if it knows too little."""
+        swap = await self._swap(job, request, spec, generation, trial=True)
+        await self._follow(job, request.name, swap, (*PENDING, "retiring"))
+        system = await self._cluster.system(math.inf)
+        instance = next((i.id for i in system.instances if i.pool == spec.pool and i.state == "ready"), "")
+        if not instance:
+            raise PluginFault("not_ready", f"the instances of {spec.pool} have ended", "see their logs", retriable=True)
+        await self._table.progress(job.id, job.epoch, Progress(0.0, "checking", f"{len(request.checks)} known answers"))
+        await examine(self._bus, instance, request)
+
+    async def _swap(self, job: JobRecord, request: DeployRequest, spec: PoolSpec, generation: int, trial: bool = False) -> Swap:
         """The swap to `spec`: that of an earlier life, or one that is begun now, once no other is about the same name."""
         while True:
             system = await self._cluster.system(math.inf)
-            if found := swap_of(spec.pool, system):
+            if found := swap_of(spec.pool, system, trial):
                 return found
             wanted = swap_request(request, spec, generation, job.id, self._deploy_s, system)
+            wanted = trial_request(wanted) if trial else wanted
             try:
                 begun: Swap = await self._bus.call(Kernel.swap, wanted, timeout_s=10.0, patience_s=math.inf)
                 return begun
@@ -185,7 +221,7 @@ class Deployer:
                                                                       time.time()))  # fmt: skip
             await self.look()
             system = await self._cluster.system(math.inf)
-            found = swap_of(swap.pool, system)
+            found = next((s for s in system.swaps if s.id == swap.id), None)
             if found is None:  # over for long: the kernel keeps the last ones only
                 if is_routed(swap.pool, system):
                     return
@@ -220,9 +256,12 @@ class Deployer:
         for pool in outdated_pools(current, system):
             await self._bus.call(Kernel.stop_pool, PoolName(pool), timeout_s=10.0, patience_s=PATIENCE_S)
         why = f"{current.job} serves {current.name} now, as generation {current.generation}"
-        for job in self._table.jobs.values():
-            serves = is_replica(job) and job.state == "running" and bool(job.result)
-            if serves and job.id != current.job and request_of(job).name == current.name:
+        await self._release(current.name, why, but=current.job)
+
+    async def _release(self, name: str, why: str, but: str = "") -> None:
+        """End the jobs that have served under the name."""
+        for job in self._table.jobs.in_states("running"):
+            if is_replica(job) and job.result and job.id != but and request_of(job).name == name:
                 await self._table.move(job.id, lambda now: advance(now, "supersede", why=why) if now.state == "running" else now)
 
     async def _fail(self, job: JobRecord, fault: Fault) -> None:
@@ -237,7 +276,10 @@ class Deployer:
         """Have the kernel turn the job's swap back if it is still under way, and wait until it has."""
         attempt = self._table.attempts.get(request_of(job).name)
         while attempt is not None and (attempt.job, attempt.epoch) == (job.id, job.epoch):
-            swap = swap_of(attempt.pool, await self._cluster.system(PATIENCE_S))
+            system = await self._cluster.system(PATIENCE_S)
+            swap = swap_of(attempt.pool, system)
+            if swap is None and any(p.pool == attempt.pool for p in system.pools) and not is_routed(attempt.pool, system):
+                await self._bus.call(Kernel.stop_pool, PoolName(attempt.pool), timeout_s=10.0, patience_s=PATIENCE_S)  # on trial
             if swap is None or swap.phase not in PENDING:
                 return
             try:
@@ -259,7 +301,7 @@ def _mine(now: JobRecord, job: JobRecord) -> JobRecord:
 
 def _given_up(now: JobRecord, fault: FaultBody) -> JobRecord:
     """A model that was worse than the one before is as bad the next time; everything else may be tried again."""
-    if fault.code == "rolled_back":
+    if fault.code in ("rolled_back", "poor_quality"):
         return advance(now, "exhaust", attempt=now.attempt + 1, fault=fault, why=fault.message)
     return failed(now, fault)
 

@@ -9,7 +9,7 @@ from kernelm_contracts.jobs import DEPLOY, Deployed, Deployment, DeployRequest, 
 from kernelm_contracts.server import ServedModel
 from kernelm_sdk.contract import token
 from kernelm_sdk.errors import PluginFault
-from kernelm_sdk.system import Bounds, PoolSpec, Progress, Resources, Swap, SwapRequest, SystemState
+from kernelm_sdk.system import Bounds, Destination, PoolSpec, Progress, Resources, Route, Swap, SwapRequest, SystemState
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 MAX_NAME = 40  # characters; generation and digest follow it in the pool's name, which has 63
@@ -64,6 +64,8 @@ def check(request: DeployRequest) -> None:
         raise ValueError(f"`watch_s` is {request.watch_s:g}, and must be above 0 for a canary, which ends with it")
     if not 0 <= request.error_rate <= 1:
         raise ValueError(f"`error_rate` is {request.error_rate:g}, and must be 0 to 1")
+    if not 0 <= request.quality <= 1 or any(not c.text.strip() or not c.expect for c in request.checks):
+        raise ValueError(f"`quality` is {request.quality:g}, and must be 0 to 1; each of `checks` has a text and what to `expect`")
     if request.latency_ratio <= 0 or request.latency_ms < 0 or request.min_calls < 1:
         raise ValueError(f"`latency_ratio` {request.latency_ratio:g}, `latency_ms` {request.latency_ms:g} and `min_calls` "
                          f"{request.min_calls} must be above 0")  # fmt: skip
@@ -79,8 +81,13 @@ def pool_spec(request: DeployRequest, generation: int, node: str, instances: int
     """The pool that serves `request.model` under its name; its instances load the model from their settings. `needs`: of one."""
     served = ServedModel(request.name, request.model, generation)
     return PoolSpec(pool_of(request, generation), request.plugin, instances, node=node, runtime="",
-                    settings={"model": msgspec.to_builtins(served)}, models=(request.name,), contracts=False,
+                    settings={**request.settings, "model": msgspec.to_builtins(served)}, models=(request.name,), contracts=False,
                     needs=needs)  # fmt: skip
+
+
+def route_to(deployment: Deployment, pool: str, why: str) -> Route:
+    """All calls of the deployment to `pool`, which is its own, or a service that answers while it sleeps."""
+    return Route(deployment.name, "model", (Destination(pool, 100),), deployment.generation, deployment.artifact, why)
 
 
 def source_of(plugin: str, system: SystemState) -> str:
@@ -109,9 +116,11 @@ def scaling_of(request: DeployRequest) -> tuple[float, ...]:
 
 
 def already_serves(request: DeployRequest, record: Deployment | None, before: DeployRequest | None, system: SystemState) -> bool:
-    """Whether the model answers under the name already, scaled in the same way (`before`: what was asked for then): then to
-    deploy it again is to do nothing."""
+    """Whether the model answers under the name already, scaled and set in the same way (`before`: what was asked for then): then
+    to deploy it again is to do nothing."""
     if record is None or before is None or (record.artifact, record.plugin) != (request.model, request.plugin):
+        return False
+    if request.settings != before.settings:
         return False
     return scaling_of(request) == scaling_of(before) and (has_ready(record.pool, system) or record.replicas == 0)
 
@@ -141,9 +150,15 @@ def swap_request(request: DeployRequest, spec: PoolSpec, generation: int, job: s
                        request.why or f"deployed by {job}")  # fmt: skip
 
 
-def swap_of(pool: str, system: SystemState) -> Swap | None:
-    """The swap to `pool`, whose name holds a generation and so is that of one swap only."""
-    return next((s for s in reversed(system.swaps) if s.pool == pool), None)
+def trial_request(wanted: SwapRequest) -> SwapRequest:
+    """The same pool started and proven, without any call: so that it can be asked what a good model knows."""
+    bounds = msgspec.structs.replace(wanted.bounds, watch_s=0.0)
+    return msgspec.structs.replace(wanted, routes=(), before="", canary=0, bounds=bounds)
+
+
+def swap_of(pool: str, system: SystemState, trial: bool = False) -> Swap | None:
+    """The swap to `pool`, whose name holds a generation and so is that of one swap only; or that by which it was put on trial."""
+    return next((s for s in reversed(system.swaps) if s.pool == pool and bool(s.routes) != trial), None)
 
 
 def is_routed(pool: str, system: SystemState) -> bool:

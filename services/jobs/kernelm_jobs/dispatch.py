@@ -23,7 +23,18 @@ from kernelm_jobs.deploy import Deployer
 from kernelm_jobs.deployment import is_replica
 from kernelm_jobs.holdings import holdings, instances_of, shares_of, size, times
 from kernelm_jobs.moving import called_off, growth, moved, retargeted
-from kernelm_jobs.rounds import Worker, choose_all, cluster_state, deadlock, fits, left, loaded_models, pending_job, took, workers
+from kernelm_jobs.rounds import (
+    Crews,
+    Free,
+    Shown,
+    Worker,
+    choose_all,
+    cluster_state,
+    deadlock,
+    loaded_models,
+    pending_jobs,
+    workers,
+)
 from kernelm_jobs.runs import content_key, method_named
 from kernelm_jobs.scaling import Scaling
 from kernelm_jobs.settings import Settings
@@ -31,7 +42,7 @@ from kernelm_jobs.states import FINAL, HOLDING, advance, failed, latest_checkpoi
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault
-from kernelm_sdk.system import CancelJob, Dispatch, Lifecycle, Resources
+from kernelm_sdk.system import CancelJob, Dispatch, Lifecycle
 
 log = logging.getLogger("kernelm.jobs")
 AGAIN_S = 1.0  # until the next round after one that failed
@@ -51,6 +62,7 @@ class Dispatcher:
         self.condemned: set[str] = set()  # instances that hang and are being stopped: no more jobs for them
         self._wake = asyncio.Event()
         self._asking = Asking(bus, f"{bus.user}-{bus.boot}")
+        self._shown = Shown()
         self._held: dict[str, tuple[float, int]] = {}  # job -> not before (monotonic), how often it came back
         self._tasks: set[asyncio.Task[None]] = set()
         table.listeners.append(self._changed)
@@ -108,11 +120,11 @@ class Dispatcher:
     async def _round(self) -> float | None:
         """One round; seconds until the next even if nothing changes, None for no need."""
         now = time.monotonic()
-        queued = [job for job in self._table.jobs.values() if job.state == "queued"]
+        queued = self._table.jobs.in_states("queued")
         until = {job.id: self._held.get(job.id, (0.0, 0))[0] - now for job in queued}
         due = [job for job in queued if until[job.id] <= 0]
         pause = min((s for s in until.values() if s > 0), default=None)
-        if due or self._scaling.scaled or any(job.state == "running" for job in self._table.jobs.values()):
+        if due or self._scaling.scaled or self._table.jobs.in_states("running"):
             try:
                 pause = min(await self._schedule(due), pause or HOLD_MAX_S)
             except Fault as fault:
@@ -135,14 +147,15 @@ class Dispatcher:
         """What the scheduler decides on now, with `planned` jobs that are no records, and the instances that take jobs."""
         system = await self._cluster.system()
         reports, manifests = await self._cluster.reports(system), self._cluster.manifests(system)
-        jobs = list(self._table.jobs.values())
+        jobs = self._table.jobs.in_states(*HOLDING)
         ready = workers(system, jobs, {name: m.max_jobs for name, m in manifests.items()}, self.condemned)
         installed = {name: m.contracts for name, m in manifests.items()}
         deployments = {d.name: d for d in self._table.deployments.values()}
-        pending = [*(pending_job(job, system, installed, deployments) for job in queued), *planned]
+        self._shown.again()
+        pending = [*pending_jobs(queued, system, installed, deployments, self._shown), *planned]
         held, models, settings = holdings(jobs, deployments, system), self._scaling.states(), self._settings
         state = cluster_state(0, time.time(), held, pending, reports, ready, settings.quotas, settings.tenants, models=models,
-                              loaded=loaded_models(system))  # fmt: skip
+                              loaded=loaded_models(system), shown=self._shown)  # fmt: skip
         return state, ready
 
     async def _nobody(self, queued: list[JobRecord], why: str) -> float:
@@ -155,19 +168,20 @@ class Dispatcher:
         for id, complaint in checked.refused.items():
             log.error("a decision on %s is refused: %s", id, complaint)
         reasons = {id: f"waits: {complaint}" for id, complaint in checked.refused.items()}
-        room = _Free(state)
-        jobs = {job.id: job for job in self._table.jobs.values()}
+        room, crews = Free(state), Crews(ready)
+        jobs = {job.id: job for job in self._table.jobs.in_states("queued", *HOLDING)}
         writes: dict[str, Change] = {}
         for decision in checked.accepted:
             if decision.action == "scale":
                 await self._scaling.scale(room.scale(decision, state))
                 continue
-            job = jobs[decision.job]
+            if (job := jobs.get(decision.job)) is None:  # cancelled meanwhile, or over
+                continue
             if decision.action == "place":
                 if not room.take(shares_in(decision), job.spec.resources):
                     reasons[job.id] = "waits: others make room for it"
                     continue
-                placement, ready = self._placement(job, decision, ready)
+                placement = self._placement(job, decision, crews)
                 if isinstance(placement, str):
                     reasons[job.id] = placement
                 else:
@@ -175,11 +189,13 @@ class Dispatcher:
             elif decision.action == "preempt":
                 writes[job.id] = _told_to_stop(decision.reason)
             elif decision.action in ("migrate", "resize"):
-                change, heir = retargeted(job, decision, ready)
+                change, heir = retargeted(job, decision, crews)
                 if isinstance(change, str):
                     log.error("a decision on %s is not carried out: %s", job.id, change)
                 elif room.take(growth(job, decision), job.spec.resources):
-                    writes[job.id], ready = change, took(ready, heir) if heir != job.instance else ready
+                    writes[job.id] = change
+                    if heir != job.instance:
+                        crews.took(heir)
             elif decision.action == "reject":
                 await self._reject(job, decision.reason)
             elif job.spec.parent and (never := deadlock(job, jobs, state.nodes)):
@@ -204,19 +220,19 @@ class Dispatcher:
         fault = FaultBody("client", "unschedulable", f"{job.spec.name}: {why}", "ask for less, or add a node")
         await self._table.move(job.id, lambda now: advance(now, "reject", fault=fault, why=why) if now.state == "queued" else now)
 
-    def _placement(self, job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> tuple[Change | str, Sequence[Worker]]:
-        """The change that puts a placement on record, or why there is none; and the workers that are left."""
+    def _placement(self, job: JobRecord, decision: Decision, crews: Crews) -> Change | str:
+        """The change that puts a placement on record, with instances taken from their crews; or why there is none."""
         gang, key = ("",), job.key
         if not is_replica(job):
-            crew = choose_all(decision, job.spec, ready)
+            crew = choose_all(decision, job.spec, crews)
             if not crew:
                 return f"waits: {decision.plugin} on {decision.node} has fewer than {job.spec.gang} free instances that do " \
-                       f"{job.spec.uses}", ready  # fmt: skip
+                       f"{job.spec.uses}"  # fmt: skip
             gang = tuple(worker.instance for worker in crew)
             key = content_key(job.spec.uses, crew[0].plugin, crew[0].version, job.spec.request)  # of what really does it
             for instance in gang:
-                ready = took(ready, instance)
-        checkpoint = job.checkpoint or latest_checkpoint(key, self._table.jobs.values())
+                crews.took(instance)
+        checkpoint = job.checkpoint or latest_checkpoint(key, self._table.jobs.with_key(key))
 
         def place(now: JobRecord) -> JobRecord:
             if now.state != "queued" or now.epoch != job.epoch:
@@ -225,7 +241,7 @@ class Dispatcher:
                            gang=gang if len(gang) > 1 else (), epoch=now.epoch + 1,
                            checkpoint=now.checkpoint or checkpoint, why=decision.reason)  # fmt: skip
 
-        return place, ready
+        return place
 
     # ---- making room ----
 
@@ -311,7 +327,8 @@ class Dispatcher:
         """Cancel a job and its children; what is over already stays as it is. ClientFault "conflict" for a replica that serves."""
         job = self._table.jobs.need(id)
         if job.state in HOLDING and is_replica(job) and job.result:
-            raise ClientFault("conflict", f"{id} serves deployment {job.result['model']!r}", "deploy another model under the name")
+            name = job.result["model"]
+            raise ClientFault("conflict", f"{id} serves deployment {name!r}", f"`kernelm model undeploy {name}`, or deploy another")
         was = job
 
         def change(now: JobRecord) -> JobRecord:
@@ -326,8 +343,8 @@ class Dispatcher:
         return job
 
     async def cancel_children(self, id: str, why: str) -> None:
-        for child in self._table.jobs.values():
-            if child.spec.parent == id and child.state not in FINAL:
+        for child in self._table.jobs.children(id):
+            if child.state not in FINAL:
                 await self.cancel(child.id, why)
 
     async def tell(self, job: JobRecord, why: str) -> None:
@@ -344,7 +361,7 @@ def _work(job: JobRecord, rank: int = 0) -> Dispatch:
     spec = job.spec
     mine = 1 if job.gang else size(shares_of(job))
     return Dispatch(job.id, job.epoch, job.attempt + 1, msgspec.Raw(msgspec.json.encode(spec.request)), job.checkpoint, spec.run,
-                    spec.name, times(spec.resources, mine), rank, job.gang, job.meeting)  # fmt: skip
+                    spec.name, times(spec.resources, mine), rank, job.gang, job.meeting, job.trace)  # fmt: skip
 
 
 def _same(now: JobRecord | None, job: JobRecord) -> bool:
@@ -362,33 +379,6 @@ def _told_to_stop(why: str) -> Change:
         return structs.replace(now, stopping=time.time(), why=why) if now.state in HOLDING and not now.stopping else now
 
     return change
-
-
-class _Free:
-    """What is free on the nodes now, while what was told to stop still holds its share."""
-
-    def __init__(self, state: ClusterState) -> None:
-        self._free = {node.name: node.free for node in state.nodes}
-
-    def take(self, shares: Sequence[Share], request: Resources) -> bool:
-        """Whether all members fit; then they are taken."""
-        if not all(fits(times(request, share.members), self._free[share.node]) for share in shares):
-            return False
-        for share in shares:
-            self._free[share.node] = left(self._free[share.node], [times(request, share.members)])
-        return True
-
-    def scale(self, decision: Decision, state: ClusterState) -> Decision:
-        """The decision with as many further replicas as there is room for now."""
-        model = next(m for m in state.models if m.name == decision.job)
-        has = {share.node: share.members for share in model.allocation}
-        shares = []
-        for share in decision.allocation:
-            count = min(share.members, has.get(share.node, 0))
-            while count < share.members and self.take((structs.replace(share, members=1),), model.request):
-                count += 1
-            shares.append(structs.replace(share, members=count))
-        return structs.replace(decision, allocation=tuple(share for share in shares if share.members))
 
 
 def shares_in(decision: Decision) -> tuple[Share, ...]:

@@ -15,6 +15,8 @@ from kernelm_jobs.rounds import plugins_for, version_of
 from kernelm_jobs.runs import check_resources, content_key, digests_in, normalized, signature
 from kernelm_jobs.states import FINAL, step
 from kernelm_jobs.table import Table
+from kernelm_jobs.usage import Accounts
+from kernelm_sdk import tracing
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, invalid
 from kernelm_sdk.system import ArtifactName, Artifacts, Progress, SystemState
@@ -32,27 +34,29 @@ class Result(msgspec.Struct, frozen=True):
 class Intake:
     """Makes records of specifications."""
 
-    def __init__(self, bus: Bus, table: Table, cluster: Cluster) -> None:
-        self._bus, self._table, self._cluster = bus, table, cluster
+    def __init__(self, bus: Bus, table: Table, cluster: Cluster, accounts: Accounts) -> None:
+        self._bus, self._table, self._cluster, self._accounts = bus, table, cluster, accounts
         self._results = bus.bucket("results", Result)
 
     async def submit(self, spec: JobSpec) -> JobRecord:
         """A new job; the one under way if its twin was submitted before by the same parent, for instance by an earlier
         attempt of it."""
         spec = self._inherit(self._checked(spec))
+        if not spec.parent:  # what is under way is brought to its end
+            self._accounts.require(spec.tenant)
         system = await self._cluster.system(PATIENCE_S)
         key = self._key(spec, system)
-        for job in self._table.jobs.values():
-            same = (job.key, job.spec.tenant, job.spec.parent, job.spec.run) == (key, spec.tenant, spec.parent, spec.run)
+        for job in self._table.jobs.with_key(key):
+            same = (job.spec.tenant, job.spec.parent, job.spec.run) == (spec.tenant, spec.parent, spec.run)
             if same and job.state not in FINAL:
                 return job
         slug = re.sub(r"[^a-z0-9]+", "-", spec.name.lower()).strip("-")[:40] or "job"
         while True:
-            record = await self._record(f"{slug}-{secrets.token_hex(3)}", spec, key, system)
+            record = await self._record(f"{slug}-{secrets.token_hex(3)}", spec, key, system, tracing.parent())
             if await self._table.create(record):
                 return record
 
-    async def submit_stage(self, spec: JobSpec, id: str) -> JobRecord:
+    async def submit_stage(self, spec: JobSpec, id: str, trace: str = "") -> JobRecord:
         """The job `id` of a run's stage; that which was created before a crash of this service, if it was."""
         if (existing := self._table.jobs.get(id)) is not None:
             if existing.spec.run != spec.run:
@@ -60,7 +64,7 @@ class Intake:
             return existing
         spec = self._checked(spec)
         system = await self._cluster.system(PATIENCE_S)
-        await self._table.create(await self._record(id, spec, self._key(spec, system), system))
+        await self._table.create(await self._record(id, spec, self._key(spec, system), system, trace))
         return self._table.jobs.need(id)
 
     def _checked(self, spec: JobSpec) -> JobSpec:
@@ -95,9 +99,9 @@ class Intake:
         plugin = next(iter(plugins_for(spec.uses.rpartition(".")[0], spec.plugin, system, installed)), "")
         return content_key(spec.uses, plugin, version_of(plugin, system), spec.request)
 
-    async def _record(self, id: str, spec: JobSpec, key: str, system: SystemState) -> JobRecord:
+    async def _record(self, id: str, spec: JobSpec, key: str, system: SystemState, trace: str) -> JobRecord:
         now = time.time()
-        record = JobRecord(id, spec, key, step("", "submit"), submitted=now)
+        record = JobRecord(id, spec, key, step("", "submit"), submitted=now, trace=trace)
         found = self._served(spec, system) if spec.uses == DEPLOY else await self._result(key)
         if found is None:
             return record

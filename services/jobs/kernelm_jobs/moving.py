@@ -2,7 +2,7 @@
 `heir`) and holds its resources from then on; it takes place at the job's next checkpoint, or is called off when none comes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from msgspec import structs
 
@@ -10,7 +10,7 @@ from kernelm_contracts.jobs import JobRecord
 from kernelm_contracts.scheduler import Decision, Share
 from kernelm_jobs.elastic import is_elastic
 from kernelm_jobs.holdings import shares_of, size
-from kernelm_jobs.rounds import Worker, choose
+from kernelm_jobs.rounds import Crews, choose
 from kernelm_jobs.states import HOLDING, advance
 
 Change = Callable[[JobRecord], JobRecord]
@@ -23,7 +23,7 @@ def growth(job: JobRecord, decision: Decision) -> tuple[Share, ...]:
     return tuple(structs.replace(share, members=count) for share, count in more if count > 0)
 
 
-def retargeted(job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> tuple[Change | str, str]:
+def retargeted(job: JobRecord, decision: Decision, crews: Crews) -> tuple[Change | str, str]:
     """The change that puts a resize or a migration on record, or why it can't be carried out; and the instance that is the heir."""
     if len(decision.allocation) != 1:
         return f"{decision.action}: its members are one instance's, which is on one node", ""
@@ -34,8 +34,7 @@ def retargeted(job: JobRecord, decision: Decision, ready: Sequence[Worker]) -> t
         return f"{decision.action}: it can use its resources once, not {share.members} times", ""
     heir = job.instance
     if share.node != job.node:
-        at = structs.replace(decision, node=share.node)
-        worker = choose(at, job.spec.uses.rpartition(".")[0], ready)
+        worker = choose(share.node, decision.plugin, job.spec.uses.rpartition(".")[0], crews)
         if worker is None:
             return f"{decision.action}: no instance on {share.node} is free for it", ""
         heir = worker.instance

@@ -10,7 +10,7 @@ from kernelm_jobs.asking import Asking
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.dispatch import Dispatcher
 from kernelm_jobs.pipeline import spec_of
-from kernelm_jobs.rounds import pending_job
+from kernelm_jobs.rounds import Shown, pending_jobs
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 
@@ -33,18 +33,16 @@ class Outlooks:
     async def plan(self, run: RunSpec) -> Plan:
         system = await self._cluster.system()
         installed = {name: m.contracts for name, m in self._cluster.manifests(system).items()}
-        planned: list[PendingJob] = []
-        for stage in run.stage:
-            record = JobRecord(f"planned {stage.name}", spec_of(run, stage), "", submitted=time.time())
-            planned.append(pending_job(record, system, installed))
+        records = [JobRecord(f"planned {stage.name}", spec_of(run, stage), "", submitted=time.time()) for stage in run.stage]
         found = []
-        for job in planned:  # each by itself: they start one after the other, not at once
+        for job in pending_jobs(records, system, installed, {}, Shown()):  # by itself each: they don't start at once
             found.append(_outlook(job.id, job.name, "planned", await self._decided((job,))))
         return Plan(tuple(structs.replace(outlook, job="") for outlook in found))
 
     async def _decided(self, planned: tuple[PendingJob, ...]) -> list[Decision]:
-        queued = [job for job in self._table.jobs.values() if job.state == "queued"]
+        queued = self._table.jobs.in_states("queued")
         state, _ = await self._dispatcher.state(queued, planned)
+        self._asking.forget()  # an answer to the whole state has all who wait, in their order
         return list((await self._asking.decide(state)).decisions)
 
 

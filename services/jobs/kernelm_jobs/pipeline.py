@@ -15,8 +15,9 @@ from kernelm_contracts.jobs import JobRecord, JobSpec, RunFinished, RunRecord, R
 from kernelm_jobs.dispatch import Dispatcher
 from kernelm_jobs.intake import Intake
 from kernelm_jobs.runs import is_complete, outcome, ready_stages, replaced, same_content, validate
-from kernelm_jobs.states import FINAL
+from kernelm_jobs.states import LIVE
 from kernelm_jobs.table import Table
+from kernelm_sdk import tracing
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody
 
 log = logging.getLogger("kernelm.jobs")
@@ -62,7 +63,7 @@ class Pipelines:
                     return run
             number = 1 + max((int(run.id.rpartition("-")[2]) for run in mine), default=0)
             while True:
-                run = RunRecord(f"{spec.name}-{number}", spec, submitted=time.time())
+                run = RunRecord(f"{spec.name}-{number}", spec, submitted=time.time(), trace=tracing.parent())
                 if await self._table.runs.create(run.id, run):
                     self._touch(run.id)
                     return run
@@ -109,7 +110,7 @@ class Pipelines:
     async def _start(self, run: RunRecord, stage: StageSpec, jobs: dict[str, JobRecord]) -> None:
         request = replaced(stage.with_, {name: job.result for name, job in jobs.items()})
         spec = msgspec.structs.replace(spec_of(run.spec, stage), request=request, run=run.id)
-        job = await self._intake.submit_stage(spec, f"{run.id}-{stage.name}")
+        job = await self._intake.submit_stage(spec, f"{run.id}-{stage.name}", run.trace)
 
         def note(now: RunRecord) -> RunRecord:
             return msgspec.structs.replace(now, jobs={**now.jobs, stage.name: job.id})
@@ -128,8 +129,8 @@ class Pipelines:
         if after is not before:
             took = after.finished - after.submitted
             self._table.publish(RunFinished(run=id, name=after.spec.name, state=state, took_s=took))
-            for job in self._table.jobs.values():
-                if job.spec.run == id and job.state not in FINAL and not is_complete(job):
+            for job in self._table.jobs.in_states(*LIVE):
+                if job.spec.run == id and not is_complete(job):
                     await self._dispatcher.cancel(job.id, why)
             self._touch(id)
         return after
@@ -139,15 +140,11 @@ class Pipelines:
     def view(self, id: str) -> RunView:
         """A run with its jobs, in the order of the stages, children behind their parent."""
         run = self._table.runs.need(id)
-        children: dict[str, list[JobRecord]] = {}
-        for job in sorted(self._table.jobs.values(), key=lambda j: (j.submitted, j.id)):
-            if job.spec.run == id and job.spec.parent:
-                children.setdefault(job.spec.parent, []).append(job)
         shown: list[JobRecord] = []
 
         def show(job: JobRecord) -> None:
             shown.append(job)
-            for child in children.get(job.id, ()):
+            for child in sorted(self._table.jobs.children(job.id), key=lambda j: (j.submitted, j.id)):
                 show(child)
 
         for stage in run.spec.stage:

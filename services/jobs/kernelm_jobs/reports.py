@@ -10,6 +10,7 @@ from kernelm_jobs.dispatch import Dispatcher
 from kernelm_jobs.elastic import LEAST_S, is_elastic
 from kernelm_jobs.holdings import instances_of, shares_of, size
 from kernelm_jobs.intake import Intake
+from kernelm_jobs.passing import Passing
 from kernelm_jobs.runs import normalized, signature
 from kernelm_jobs.states import HOLDING, advance, failed
 from kernelm_jobs.table import Table
@@ -22,8 +23,8 @@ log = logging.getLogger("kernelm.jobs")
 class Reports:
     """Writes reports into the records."""
 
-    def __init__(self, table: Table, intake: Intake, dispatcher: Dispatcher) -> None:
-        self._table, self._intake, self._dispatcher = table, intake, dispatcher
+    def __init__(self, table: Table, intake: Intake, dispatcher: Dispatcher, passing: Passing) -> None:
+        self._table, self._intake, self._dispatcher, self._passing = table, intake, dispatcher, passing
         self._checkpoints: dict[str, tuple[int, list[str]]] = {}  # job -> epoch, its checkpoints in their order
         self._paces: dict[str, tuple[int, float, float]] = {}  # elastic job -> epoch, since when it is measured, the part done then
         self._rates: dict[str, float] = {}  # elastic job -> part of its work per second, since then
@@ -97,21 +98,31 @@ class Reports:
         return now.state == "done" and report.result is not None and not report.checkpoint
 
     async def _checkpoint(self, report: Report, caller: str) -> None:
-        def change(now: JobRecord) -> JobRecord:
-            now = self._fence(now, report, caller)
-            epoch, earlier = self._checkpoints.get(now.id, (0, []))
-            if epoch != now.epoch:
-                earlier = []
-            if report.checkpoint in (now.checkpoint, *earlier):  # told again, perhaps late: it must not bring back an older one
-                return now
-            self._checkpoints[now.id] = now.epoch, [*earlier, report.checkpoint]
-            rate = self._rates.pop(now.id, 0.0)
+        before, told = "", False
+
+        def change(now: JobRecord) -> JobRecord:  # again from the start where another has changed the job meanwhile
+            nonlocal before, told
+            now, before = self._fence(now, report, caller), ""
+            if told := report.checkpoint in (now.checkpoint, *self._earlier(now)):
+                return now  # perhaps late: it must not bring back an older one
+            before = now.checkpoint
+            rate = self._rates.get(now.id, 0.0)
             rates = now.rates | {str(size(shares_of(now))): rate} if rate else now.rates
             return msgspec.structs.replace(now, checkpoint=report.checkpoint, checkpointed=time.time(), rates=rates)
 
         job = await self._table.move(report.job, change)
+        if not told:
+            self._checkpoints[job.id] = job.epoch, [*self._earlier(job), report.checkpoint]
+            self._rates.pop(job.id, None)
+        if before:
+            self._dispatcher.spawn(self._passing.forget(job, before))
         if job.stopping and report.result is None and job.checkpoint == report.checkpoint:
             self._dispatcher.spawn(self._dispatcher.make_room(job))  # behind the answer to this report
+
+    def _earlier(self, job: JobRecord) -> list[str]:
+        """The checkpoints of the job's present owner."""
+        epoch, checkpoints = self._checkpoints.get(job.id, (0, []))
+        return checkpoints if epoch == job.epoch else []
 
     async def _result(self, job: JobRecord, report: Report, caller: str) -> None:
         """A result that is none fails the attempt, and says so to the one who sent it."""

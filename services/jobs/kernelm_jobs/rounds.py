@@ -3,8 +3,9 @@
 The scheduler is a plugin and may be wrong: nothing that it says is carried out before it was checked here.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from msgspec import Struct, structs
 
@@ -12,11 +13,12 @@ from kernelm_contracts.jobs import Deployment, JobRecord, JobSpec
 from kernelm_contracts.scheduler import Action, ClusterState, Decision, ModelState, NodeState, PendingJob, PlacedJob, Share, Tenant
 from kernelm_jobs.deployment import instances_for, is_replica, request_of
 from kernelm_jobs.elastic import WIDE, WIDTH, fraction, is_elastic, terms
-from kernelm_jobs.holdings import Held, instances_of, shares_of, size
+from kernelm_jobs.holdings import Held, instances_of, shares_of, size, times
 from kernelm_jobs.runs import digests_in
 from kernelm_jobs.states import HOLDING
 from kernelm_sdk.system import Instance, NodeReport, Resources, SystemState
 
+T = TypeVar("T")
 CPU_TOLERANCE = 1e-6  # cores; sums of decimal fractions are not exact
 # what the job table can carry out beside place, wait and reject
 ACTIONS: tuple[Action, ...] = ("preempt", "migrate", "resize", "scale")
@@ -69,18 +71,54 @@ def _since(instance: Instance) -> float:
     return instance.since
 
 
-def pending_job(job: JobRecord, system: SystemState, installed: Mapping[str, tuple[str, ...]],
-                deployments: Mapping[str, Deployment] | None = None) -> PendingJob:  # fmt: skip
-    """A queued job as the scheduler sees it."""
+class Shown:
+    """What the scheduler was shown of each job last. What has not changed stays the same object, so that a state of ten thousand
+    jobs is made, and compared with the one before, by a look at each."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        self._now: dict[str, tuple[tuple[Any, ...], Any]] = {}
+
+    def again(self) -> None:
+        """Another state begins: what was not in the last one is forgotten."""
+        self._last, self._now = self._now, {}
+
+    def __call__(self, id: str, about: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` returned last for this job, if that was about the same; else what it returns now."""
+        entry = self._last.get(id)
+        if entry is None or entry[0] != about:
+            entry = about, make()
+        self._now[id] = entry
+        shown: T = entry[1]
+        return shown
+
+
+def pending_jobs(jobs: Iterable[JobRecord], system: SystemState, installed: Mapping[str, tuple[str, ...]],
+                 deployments: Mapping[str, Deployment], shown: Shown) -> list[PendingJob]:  # fmt: skip
+    """The queued jobs as the scheduler sees them."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}  # who can do what is the same for all jobs of a kind
+
+    def view(job: JobRecord) -> PendingJob:
+        if is_replica(job):
+            return pending_job(job, (), deployments)
+        kind = job.spec.uses.rpartition(".")[0], job.spec.plugin
+        if kind not in found:
+            found[kind] = plugins_for(*kind, system, installed)
+        return shown(job.id, (job, found[kind]), lambda: pending_job(job, found[kind]))
+
+    return [view(job) for job in jobs]
+
+
+def pending_job(job: JobRecord, doers: tuple[str, ...], deployments: Mapping[str, Deployment] | None = None) -> PendingJob:
+    """A queued job as the scheduler sees it; `doers`: the plugins that may do it (`plugins_for`), unless it is a replica."""
     spec, members = job.spec, 1
     if is_replica(job):
         request = request_of(job)
         plugins: tuple[str, ...] = (POOL + request.plugin,)
         members = instances_for(request, (deployments or {}).get(request.name))
     else:
-        contract = spec.uses.rpartition(".")[0]
-        plugins = plugins_for(contract, spec.plugin, system, installed) or (contract,)
-        plugins, members = tuple(WIDE + p for p in plugins) if is_elastic(job) else plugins, spec.gang
+        doers = doers or (spec.uses.rpartition(".")[0],)
+        plugins, members = tuple(WIDE + p for p in doers) if is_elastic(job) else doers, spec.gang
     return PendingJob(job.id, spec.name, spec.resources, plugins, spec.priority, spec.tenant, job.submitted, job.attempt,
                       tuple(sorted(set(digests_in(spec.request)))), (job.node,) if job.node else (), members,
                       within="node" if is_elastic(job) or (is_replica(job) and members > 1) else "", started=job.started,
@@ -113,36 +151,50 @@ def placed_job(held: Held, ready: Mapping[str, Worker], now: float) -> PlacedJob
                      model=request_of(job).name if is_replica(job) else "", **terms(job))  # fmt: skip
 
 
+def _shown_placed(held: Held, ready: Mapping[str, Worker], now: float, shown: Shown) -> PlacedJob:
+    job, worker = held.job, ready.get(held.job.instance)
+    if job.state != "running":  # it is shown to have begun now
+        return placed_job(held, ready, now)
+    step = (now - job.started) // SERVED_STEP_S
+    return shown(job.id, (job, held.shares, worker.plugin if worker else "", step), lambda: placed_job(held, ready, now))
+
+
 def cluster_state(version: int, now: float, held: Sequence[Held], pending: Sequence[PendingJob], reports: Sequence[NodeReport],
                   ready: Sequence[Worker], quotas: Mapping[str, Resources], tenants: tuple[Tenant, ...] = (),
                   source: str = "", models: Sequence[ModelState] = (),
-                  loaded: Mapping[str, tuple[str, ...]] | None = None) -> ClusterState:  # fmt: skip
+                  loaded: Mapping[str, tuple[str, ...]] | None = None, shown: Shown | None = None) -> ClusterState:  # fmt: skip
     """What the scheduler decides on: capacity as the nodes report it, less what jobs and deployments hold by our own account.
     Of what lies on the nodes it is told what somebody could ask for. `loaded`: node -> models that are loaded there."""
     asked = {digest for job in pending for digest in job.artifacts} | {model.artifact for model in models}
     wide = {plugin for job in pending for plugin in job.plugins if plugin.startswith(WIDE)}
     servers = {each.model: request_of(each.job).plugin for each in held if each.model}
     known = {worker.instance: worker for worker in ready}
+    brought = [(p, job.members) for job in pending for p in job.plugins if p.startswith(POOL)]
+    at_work, here = defaultdict[str, list[Worker]](list), defaultdict[str, list[Held]](list)
+    for worker in ready:
+        at_work[worker.node].append(worker)
+    for each in held:
+        for node in dict.fromkeys(share.node for share in each.shares):
+            here[node].append(each)
     nodes = []
     for report in sorted(reports, key=lambda r: r.node):
         slots: Counter[str] = Counter()
-        for worker in ready:
-            if worker.node == report.node:
-                slots[worker.plugin] += worker.free
+        for worker in at_work[report.node]:
+            slots[worker.plugin] += worker.free
         slots.update({WIDE + plugin: WIDTH * count for plugin, count in slots.items() if WIDE + plugin in wide})
-        for each in held:
-            if is_elastic(each.job) and each.job.node == report.node and (worker := known.get(each.job.instance)):
-                slots[WIDE + worker.plugin] += WIDTH - size(each.shares)
-        for job in pending:
-            slots.update({p: job.members for p in job.plugins if p.startswith(POOL) and p.removeprefix(POOL) in report.plugins})
+        for each in here[report.node]:
+            if is_elastic(each.job) and each.job.node == report.node and (mine := known.get(each.job.instance)):
+                slots[WIDE + mine.plugin] += WIDTH - size(each.shares)
+        for plugin, members in brought:
+            slots.update({plugin: members} if plugin.removeprefix(POOL) in report.plugins else {})
         for model in models:
             at = {share.node for share in model.allocation}
             if report.node in at or (not at and servers[model.name] in report.plugins):
                 slots[MODEL + model.name] = max(model.maximum - model.replicas, 0)
-        free = left(report.capacity, [each.on(report.node) for each in held])
+        free = left(report.capacity, [each.on(report.node) for each in here[report.node]])
         nodes.append(NodeState(report.node, report.capacity, free, dict(slots), tuple(sorted(asked.intersection(report.artifacts))),
                                models=tuple(sorted(asked.intersection((loaded or {}).get(report.node, ()))))))  # fmt: skip
-    placed = tuple(placed_job(each, known, now) for each in held if not each.model)
+    placed = tuple(_shown_placed(each, known, now, shown or Shown()) for each in held if not each.model)
     return ClusterState(version, now, tuple(nodes), tuple(pending), placed, dict(quotas), tenants, tuple(models), ACTIONS, source)
 
 
@@ -168,30 +220,43 @@ def fits(request: Resources, room: Resources) -> bool:
     return request.cpu <= room.cpu + CPU_TOLERANCE and request.memory_mb <= room.memory_mb and request.gpus <= room.gpus
 
 
-def choose(decision: Decision, contract: str, ready: Sequence[Worker]) -> Worker | None:
-    """The instance for a placed job: of the decided plugin on the decided node, the one with the most room."""
-    plugin = decision.plugin.removeprefix(WIDE)
-    able = [w for w in ready if (w.node, w.plugin) == (decision.node, plugin) and contract in w.contracts and w.free > 0]
+class Crews:
+    """The ready instances by node and plugin, while a round gives them jobs."""
+
+    def __init__(self, ready: Iterable[Worker]) -> None:
+        self._at: dict[tuple[str, str], dict[str, Worker]] = {}
+        self._of: dict[str, tuple[str, str]] = {}
+        for worker in ready:
+            self._of[worker.instance] = worker.node, worker.plugin
+            self._at.setdefault((worker.node, worker.plugin), {})[worker.instance] = worker
+
+    def at(self, node: str, plugin: str) -> Iterable[Worker]:
+        return self._at.get((node, plugin), {}).values()
+
+    def took(self, instance: str) -> None:
+        """One more job went to `instance`."""
+        crew = self._at[self._of[instance]]
+        crew[instance] = structs.replace(crew[instance], free=crew[instance].free - 1)
+
+
+def choose(node: str, plugin: str, contract: str, crews: Crews, but: Container[str] = ()) -> Worker | None:
+    """The instance for a placed job: of the decided plugin on the decided node, the one with the most room, none of `but`."""
+    crew = crews.at(node, plugin.removeprefix(WIDE))
+    able = [w for w in crew if contract in w.contracts and w.free > 0 and w.instance not in but]
     return min(able, key=lambda w: (-w.free, w.instance), default=None)
 
 
-def choose_all(decision: Decision, spec: JobSpec, ready: Sequence[Worker]) -> list[Worker]:
+def choose_all(decision: Decision, spec: JobSpec, crews: Crews) -> list[Worker]:
     """The instances for a placed job, each another one: as many as its gang has, where the decision puts them; [] if they are not
     there."""
-    found: list[Worker] = []
+    found: dict[str, Worker] = {}
     shares = decision.allocation if spec.gang > 1 else (Share(decision.node),)
     for node in (share.node for share in shares for _ in range(share.members)):
-        left = [w for w in ready if all(w.instance != f.instance for f in found)]
-        worker = choose(structs.replace(decision, node=node), spec.uses.rpartition(".")[0], left)
+        worker = choose(node, decision.plugin, spec.uses.rpartition(".")[0], crews, found)
         if worker is None:
             return []
-        found.append(worker)
-    return found
-
-
-def took(ready: Sequence[Worker], instance: str) -> list[Worker]:
-    """The workers after one more job went to `instance`."""
-    return [structs.replace(w, free=w.free - 1) if w.instance == instance else w for w in ready]
+        found[worker.instance] = worker
+    return list(found.values())
 
 
 def ancestors(job: JobRecord, jobs: Mapping[str, JobRecord]) -> list[JobRecord]:
@@ -218,3 +283,30 @@ def deadlock(job: JobRecord, jobs: Mapping[str, JobRecord], nodes: Sequence[Node
 
 def _amount(r: Resources) -> str:
     return f"{r.cpu:g} cores, {r.memory_mb} MiB, {r.gpus} GPUs"
+
+
+class Free:
+    """What is free on the nodes now, while what was told to stop still holds its share."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._free = {node.name: node.free for node in state.nodes}
+
+    def take(self, shares: Sequence[Share], request: Resources) -> bool:
+        """Whether all members fit; then they are taken."""
+        if not all(fits(times(request, share.members), self._free[share.node]) for share in shares):
+            return False
+        for share in shares:
+            self._free[share.node] = left(self._free[share.node], [times(request, share.members)])
+        return True
+
+    def scale(self, decision: Decision, state: ClusterState) -> Decision:
+        """The decision with as many further replicas as there is room for now."""
+        model = next(m for m in state.models if m.name == decision.job)
+        has = {share.node: share.members for share in model.allocation}
+        shares = []
+        for share in decision.allocation:
+            count = min(share.members, has.get(share.node, 0))
+            while count < share.members and self.take((structs.replace(share, members=1),), model.request):
+                count += 1
+            shares.append(structs.replace(share, members=count))
+        return structs.replace(decision, allocation=tuple(share for share in shares if share.members))

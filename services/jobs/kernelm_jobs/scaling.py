@@ -19,7 +19,7 @@ from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, ModelSc
 from kernelm_contracts.scheduler import Decision, ModelState, Share
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
-from kernelm_jobs.deployment import has_ready, is_replica, request_of
+from kernelm_jobs.deployment import has_ready, is_replica, request_of, route_to
 from kernelm_jobs.holdings import size
 from kernelm_jobs.load import Gauge, Load
 from kernelm_jobs.rounds import MODEL
@@ -28,7 +28,7 @@ from kernelm_jobs.states import HOLDING
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
-from kernelm_sdk.system import Destination, Empty, Kernel, Lifecycle, PoolSpec, Probe, Route, ScaleRequest, SystemState
+from kernelm_sdk.system import Empty, Kernel, Lifecycle, PoolSpec, Probe, ScaleRequest, SystemState
 
 log = logging.getLogger("kernelm.jobs")
 PATIENCE_S = 30.0  # for a kernel that restarts
@@ -87,8 +87,8 @@ class Scaling:
 
     def states(self) -> list[ModelState]:
         """Every deployment that serves, with its load. One that is not scaled, or is being replaced now, stays as it is."""
-        changing = {request_of(job).name for job in self._table.jobs.values()
-                    if is_replica(job) and job.state in HOLDING and not job.result}  # fmt: skip
+        changing = {request_of(job).name for job in self._table.jobs.in_states(*HOLDING)
+                    if is_replica(job) and not job.result}  # fmt: skip
         found = []
         for deployment in self._table.deployments.values():
             job = self._table.jobs.get(deployment.job)
@@ -173,7 +173,9 @@ class Scaling:
     async def _settle(self, name: str) -> None:
         """Make pool and route what the record says; a replacement of the model that is under way comes first."""
         async with self._deployer.alone(name):
-            deployment = self._table.deployments.need(name)
+            deployment = self._table.deployments.get(name)
+            if deployment is None:
+                return  # it was taken away meanwhile
             system = await self._cluster.system(PATIENCE_S)
             spec = _pool(deployment, system)
             if spec is None or self._settled(deployment, system):
@@ -206,8 +208,7 @@ class Scaling:
             await self._deployer.look()
 
     async def _point(self, deployment: Deployment, pool: str, why: str) -> None:
-        route = Route(deployment.name, "model", (Destination(pool, 100),), deployment.generation, deployment.artifact, why)
-        await self._bus.call(Kernel.set_route, route, timeout_s=10.0, patience_s=PATIENCE_S)
+        await self._bus.call(Kernel.set_route, route_to(deployment, pool, why), timeout_s=10.0, patience_s=PATIENCE_S)
 
 
 def bounds(request: DeployRequest, replicas: int, changing: bool) -> tuple[int, int]:

@@ -1,14 +1,16 @@
 """The service: `jobs/1` and `work/1` on the bus, over the parts that do the work."""
 
 import asyncio
+import heapq
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kernelm_contracts.jobs import (
+    Deployment,
     JobList,
     JobName,
     JobQuery,
@@ -21,22 +23,29 @@ from kernelm_contracts.jobs import (
     RunRecord,
     RunSpec,
     RunView,
+    Undeploy,
 )
+from kernelm_contracts.shadows import Compared, Shadow, ShadowRequest
+from kernelm_contracts.usage import UsageQuery, UsageReport
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
 from kernelm_jobs.dispatch import Dispatcher
 from kernelm_jobs.intake import Intake
+from kernelm_jobs.news import News
 from kernelm_jobs.outlook import Outlooks
+from kernelm_jobs.passing import Passing
 from kernelm_jobs.pipeline import Pipelines
 from kernelm_jobs.reports import Reports
 from kernelm_jobs.scaling import Scaling
 from kernelm_jobs.settings import read_settings
+from kernelm_jobs.shadows import Shadows
 from kernelm_jobs.states import FINAL
 from kernelm_jobs.table import Table
+from kernelm_jobs.usage import Accounts
 from kernelm_jobs.watch import Watch
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.events import Received
-from kernelm_sdk.system import Empty, InstanceChanged, Report
+from kernelm_sdk.system import Empty, InstanceChanged, Report, Used
 
 log = logging.getLogger("kernelm.jobs")
 REPLY_BYTES = 900_000  # a message holds 1 MB
@@ -56,10 +65,13 @@ class JobsService:
         self.absent = self.scaling.absent  # calls of models that have no instance are routed here
         self.dispatcher = Dispatcher(bus, self.table, self.cluster, self.deployer, self.scaling, settings)
         self.outlooks = Outlooks(bus, self.table, self.cluster, self.dispatcher)
-        self.intake = Intake(bus, self.table, self.cluster)
+        self.shadows = Shadows(bus, self.table)
+        self.accounts = Accounts(bus, self.table, self.cluster, settings)
+        self.intake = Intake(bus, self.table, self.cluster, self.accounts)
         self.pipelines = Pipelines(self.table, self.intake, self.dispatcher)
-        self.reports = Reports(self.table, self.intake, self.dispatcher)
+        self.reports = Reports(self.table, self.intake, self.dispatcher, Passing(bus, self.table.jobs))
         self.watch = Watch(bus, self.table, self.cluster, self.dispatcher, settings)
+        self.news = News(self.table)
         self.table.listeners.append(self._orphans)
         self._tasks: list[asyncio.Task[None]] = []
         self._ended_parents: asyncio.Queue[JobRecord] = asyncio.Queue()
@@ -67,6 +79,8 @@ class JobsService:
     async def on_start(self) -> None:
         """Read the records and go on with what was under way."""
         await self.table.load()
+        await self.accounts.load()
+        await self.shadows.load()
         await self._bus.follow(self._instance_event, "evt.plugin.state.kernel")  # of anybody else it would be a lie
         await self._bus.follow(self._swap_event, "evt.swap.phase.*")
         self._bus.reconnected.append(self._reconnected)
@@ -77,7 +91,7 @@ class JobsService:
         for job in self.table.jobs.values():
             self._orphans(job)
         loops = (self.table.run, self.dispatcher.run, self.pipelines.run, self.watch.run, self.scaling.run,
-                 self._cancel_orphans)
+                 self.accounts.run, self._cancel_orphans)
         self._tasks = [asyncio.create_task(_for_ever(loop)) for loop in loops]
 
     async def on_stop(self) -> None:
@@ -117,6 +131,7 @@ class JobsService:
     # ---- jobs/1 ----
 
     async def submit_run(self, request: RunSpec, call: Any) -> RunRecord:
+        self.accounts.require(request.tenant)
         return await self.pipelines.submit(request)
 
     async def get_run(self, request: RunName, call: Any) -> RunView:
@@ -137,16 +152,19 @@ class JobsService:
 
     async def find(self, request: JobQuery, call: Any) -> JobList:
         """The newest first; fewer than `limit` if a message can't hold them."""
-        wanted = [job for job in self.table.jobs.values()
-                  if request.state in ("", job.state) and request.run in ("", job.spec.run)]  # fmt: skip
+        jobs: Iterable[JobRecord] = self.table.jobs.in_states(request.state) if request.state else self.table.jobs.values()
+        if request.known:
+            jobs = await self.news.of(request.known, request.wait_s)
+        wanted = [job for job in jobs if request.state in ("", job.state) and request.run in ("", job.spec.run)
+                  and request.tenant in ("", job.spec.tenant)]  # fmt: skip
         found: list[JobRecord] = []
         room = REPLY_BYTES
-        for job in sorted(wanted, key=lambda j: (-j.submitted, j.id))[: max(request.limit, 0)]:
+        for job in heapq.nsmallest(request.limit, wanted, key=lambda j: (-j.submitted, j.id)):
             room -= len(msgspec.json.encode(job))
             if room < 0:
                 break
             found.append(job)
-        return JobList(tuple(found))
+        return JobList(tuple(found), len(wanted))
 
     async def cancel(self, request: JobName, call: Any) -> JobRecord:
         return await self.dispatcher.cancel(request.id, f"cancelled by {call.caller}")
@@ -160,10 +178,28 @@ class JobsService:
     async def rollback(self, request: RollbackDeployment, call: Any) -> JobRecord:
         return await self.intake.submit(self.deployer.before(request))
 
+    async def undeploy(self, request: Undeploy, call: Any) -> Deployment:
+        self.shadows.require_none(request.name)
+        return await self.deployer.undeploy(request.name, request.why or f"taken away by {call.caller}")
+
+    async def shadow(self, request: ShadowRequest, call: Any) -> Shadow:
+        return await self.shadows.set(request, call.caller)
+
+    async def compared(self, request: Compared, call: Any) -> Empty:
+        await self.shadows.add(request, call.caller)
+        return Empty()
+
+    async def usage(self, request: UsageQuery, call: Any) -> UsageReport:
+        return self.accounts.report(request)
+
     # ---- work/1 ----
 
     async def report(self, request: Report, call: Any) -> Empty:
         await self.reports.report(request, call.caller)
+        return Empty()
+
+    async def used(self, request: Used, call: Any) -> Empty:
+        await self.accounts.used(request, call.caller)
         return Empty()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from kernelm_contracts.scheduler import Tenant
+from kernelm_contracts.usage import Budget
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import Resources
 
@@ -22,6 +23,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round_every_s: float = 10.0  # so often the scheduler is asked though nothing has happened
     load_every_s: float = 1.0  # between looks at the load of deployments that follow it
     load_window_s: float = 5.0  # their load is that of so long
+    usage_every_s: float = 10.0  # between two entries of what jobs and deployments hold in the accounts of their tenants
+    budgets: tuple[Budget, ...] = ()  # what tenants may use in a day or a month
 
 
 def read_settings(path: Path) -> Settings:

@@ -35,6 +35,7 @@ TRANSITIONS: dict[tuple[str, str], JobState] = {
 }  # fmt: skip
 HOLDING = frozenset({"placed", "running"})  # these hold what they have requested
 FINAL = frozenset({"done", "dead", "cancelled"})
+LIVE = HOLDING | {"queued"}
 
 
 def step(state: str, happening: str) -> JobState:

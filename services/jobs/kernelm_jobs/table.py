@@ -1,133 +1,23 @@
-"""The records of jobs, runs and deployments: a cache in memory over compare-and-set writes to KV, which is the truth.
-
-The cache is read from KV at the start, and a record again whenever a write finds that another writer was first.
-"""
+"""The records of jobs, runs and deployments, and the events that tell of their changes."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from kernelm_contracts.jobs import Deployment, JobChanged, JobProgress, JobRecord, RunRecord
 from kernelm_jobs.deployment import Attempt
 from kernelm_jobs.holdings import shares_of, size
+from kernelm_jobs.records import PATIENCE_S, JobRecords, Records, encode
 from kernelm_jobs.states import FINAL, HOLDING
-from kernelm_sdk.bus import Bucket, Bus
-from kernelm_sdk.errors import ClientFault, Fault, KernelFault
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.events import Event
 from kernelm_sdk.system import Progress
 
 log = logging.getLogger("kernelm.jobs")
-T = TypeVar("T", bound=msgspec.Struct)
-BATCH = 1000  # records that are written at once; the broker takes no more
-PATIENCE_S = 30.0  # for a broker that restarts
-encode = msgspec.json.Encoder().encode
-
-
-class Records(Generic[T]):
-    """Records of one kind under `<prefix>.<id>` in a bucket."""
-
-    def __init__(self, bucket: Bucket[T], prefix: str) -> None:
-        self._bucket, self._prefix = bucket, prefix
-        self._cache: dict[str, tuple[T, int]] = {}  # id -> record, revision
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-
-    async def load(self) -> None:
-        """Forget the cache and read everything."""
-        stored = await self._bucket.all(self._prefix)
-        self._cache = {key.removeprefix(f"{self._prefix}."): entry for key, entry in stored.items()}
-
-    def get(self, id: str) -> T | None:
-        entry = self._cache.get(id)
-        return entry[0] if entry else None
-
-    def need(self, id: str) -> T:
-        """The record; ClientFault "not_found" if there is none."""
-        if (record := self.get(id)) is None:
-            raise ClientFault("not_found", f"there is no {self._prefix} {id!r}", "see `kernelm jobs`")
-        return record
-
-    def values(self) -> Iterable[T]:
-        return [record for record, _ in self._cache.values()]
-
-    async def create(self, id: str, record: T) -> bool:
-        """Write a record where there is none; False if there is one by now, which is then in the cache."""
-        async with self._locks[id]:
-            if id in self._cache:
-                return False
-            key = f"{self._prefix}.{id}"
-            try:
-                self._cache[id] = record, await self._bucket.put(key, record, 0, patience_s=PATIENCE_S)
-                return True
-            except ClientFault as fault:
-                if fault.code != "conflict":
-                    raise
-            stored, revision = await self._bucket.get(key)
-            if stored is None:
-                raise KernelFault("storage", f"{key} was deleted by somebody else", retriable=True)
-            self._cache[id] = stored, revision
-            return encode(stored) == encode(record)  # our own write, whose answer was lost
-
-    async def update(self, id: str, change: Callable[[T], T]) -> tuple[T, T]:
-        """Write `change(record)`, again and again on the newest record until no other writer was first; (before, after).
-        What `change` returns unchanged is not written; what it raises leaves everything as it was."""
-        async with self._locks[id]:
-            while True:
-                before = self.need(id)
-                after = change(before)
-                if after is before:
-                    return before, before
-                key = f"{self._prefix}.{id}"
-                try:
-                    revision = await self._bucket.put(key, after, self._cache[id][1], patience_s=PATIENCE_S)
-                    self._cache[id] = after, revision
-                    return before, after
-                except ClientFault as fault:
-                    if fault.code != "conflict":
-                        raise
-                stored, revision = await self._bucket.get(key)
-                if stored is None:
-                    del self._cache[id]
-                    continue
-                self._cache[id] = stored, revision
-                if encode(stored) == encode(after):  # our own write, whose answer was lost
-                    return before, stored
-
-    async def update_all(self, changes: Mapping[str, Callable[[T], T]]) -> dict[str, tuple[T, T]]:
-        """As `update` for many, in atomic batches; (before, after) of each. Where another writer was first on any of them, or
-        it is not known whether a batch was stored, its records are written one by one."""
-        done: dict[str, tuple[T, T]] = {}
-        ids = sorted(changes)
-        for some in (ids[at : at + BATCH] for at in range(0, len(ids), BATCH)):
-            try:
-                done |= await self._store({id: changes[id] for id in some})
-            except Fault as fault:
-                if not fault.retriable:
-                    raise
-                log.warning("a batch of %d records is written one by one: %s", len(some), fault.message)
-                done |= {id: await self.update(id, changes[id]) for id in some}
-        return done
-
-    async def _store(self, changes: Mapping[str, Callable[[T], T]]) -> dict[str, tuple[T, T]]:
-        async with contextlib.AsyncExitStack() as stack:
-            for id in sorted(changes):
-                await stack.enter_async_context(self._locks[id])
-            pairs = {id: (before := self.need(id), change(before)) for id, change in changes.items()}
-            new = [(id, after) for id, (before, after) in pairs.items() if after is not before]
-            records = [(f"{self._prefix}.{id}", after, self._cache[id][1]) for id, after in new]
-            for (id, after), revision in zip(new, await self._bucket.put_all(records), strict=True):
-                self._cache[id] = after, revision
-            return pairs
-
-    def remember(self, id: str, record: T) -> None:
-        """Change the cache only: for news that is worth showing but not a write to disk."""
-        if id in self._cache:
-            self._cache[id] = record, self._cache[id][1]
 
 
 class Table:
@@ -135,7 +25,7 @@ class Table:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self.jobs: Records[JobRecord] = Records(bus.bucket("jobs", JobRecord), "job")
+        self.jobs = JobRecords(bus.bucket("jobs", JobRecord), "job")
         self.runs: Records[RunRecord] = Records(bus.bucket("runs", RunRecord), "run")
         self.deployments: Records[Deployment] = Records(bus.bucket("deployments", Deployment), "model")
         self.attempts: Records[Attempt] = Records(bus.bucket("deployments", Attempt), "attempt")
@@ -148,7 +38,14 @@ class Table:
         """Read all records. What is under way counts as heard now: nobody could report while this service was away."""
         for records in (self.jobs, self.runs, self.deployments, self.attempts):
             await records.load()
-        self.heard = {job.id: time.monotonic() for job in self.jobs.values() if job.state in HOLDING}
+        self.heard = {job.id: time.monotonic() for job in self.jobs.in_states(*HOLDING)}
+
+    def deployment(self, name: str) -> Deployment:
+        """ClientFault "unknown_model" where there is none."""
+        if (found := self.deployments.get(name)) is None:
+            known = ", ".join(sorted(d.name for d in self.deployments.values())) or "none"
+            raise ClientFault("unknown_model", f"there is no deployment {name!r}", f"deployments: {known}")
+        return found
 
     async def create(self, job: JobRecord) -> bool:
         """A new job; False if its id is taken."""

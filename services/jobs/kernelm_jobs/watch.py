@@ -46,7 +46,7 @@ class Watch:
                 await self._lost(job, f"{event.instance} {event.state}{': ' * bool(event.reason)}{event.reason}")
 
     def _held(self) -> list[JobRecord]:
-        return [job for job in self._table.jobs.values() if job.state in HOLDING and job.instance]
+        return [job for job in self._table.jobs.in_states(*HOLDING) if job.instance]
 
     async def look(self) -> None:
         """One look at everything that is under way."""

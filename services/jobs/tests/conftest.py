@@ -13,7 +13,7 @@ from kernelm.testing.harness import System, until
 from kernelm.testing.node import InlineNode
 from kernelm_contracts.data import Data, DatasetCard, Prepared, PrepareRequest
 from kernelm_contracts.jobs import JobName, JobRecord, Jobs, RunName, RunRecord, RunSpec, RunView
-from kernelm_contracts.server import ClassifyReply, ClassifyRequest, ServedModel, Server
+from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Label, ServedModel, Server
 from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin
 from kernelm_sdk.errors import ClientFault
@@ -55,12 +55,16 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ScriptedServer(Plugin, Server):
     Settings = ServerSettings
+    loaded = asyncio.Event()  # when the model "held" is
 
     async def on_start(self) -> None:
-        if self.settings.model and self.settings.model.artifact == digest("broken"):
+        artifact = self.settings.model.artifact if self.settings.model else ""
+        if artifact == digest("broken"):
             raise RuntimeError("no such model")
-        delays = {digest("slow"): 60.0, digest("slowish"): 2.5}
-        await asyncio.sleep(delays.get(self.settings.model.artifact, 0.0) if self.settings.model else 0.0)
+        if artifact == digest("held"):
+            await self.loaded.wait()
+        if artifact == digest("slow"):
+            await asyncio.sleep(60.0)
 
     def models(self) -> tuple[str, ...]:
         return (self.settings.model.name,) if self.settings.model else ()
@@ -73,7 +77,8 @@ class ScriptedServer(Plugin, Server):
         if served.generation < request.at_least:
             raise ClientFault("stale_generation", f"{served.name} is at {served.generation}", retriable=True,
                               generation=served.generation, pool=self.context.pool)  # fmt: skip
-        return ClassifyReply(served.name, served.generation, served.artifact, (), 0, 0.0)
+        label = Label("bright" if served.artifact != digest("dull") else "dull", 1.0)
+        return ClassifyReply(served.name, served.generation, served.artifact, ((label,),) * len(request.input), 0, 0.0)
 
 
 FACTORIES: dict[str, type[Plugin]] = {
@@ -96,7 +101,7 @@ class Kit:
 
     def __init__(self, system: System, node: InlineNode) -> None:
         self.system, self.node, self.acts, self.done = system, node, ScriptedTrainer.acts, ScriptedTrainer.done
-        self.factories = node.factories
+        self.loaded, self.factories = ScriptedServer.loaded, node.factories
         self.bus = system.admin
 
     async def pools(self, *names: str) -> None:
@@ -105,6 +110,12 @@ class Kit:
     @staticmethod
     def pool(name: str, plugin: str, **more: Any) -> PoolSpec:
         return PoolSpec(name, plugin, **more)
+
+    @staticmethod
+    def deploy(model: str = "m1", **more: Any) -> dict[str, Any]:
+        """A stage that deploys `model`, as "news" unless told otherwise."""
+        return {"uses": "deploy", "name": "deploy", "resources": {"cpu": 0.5},
+                "with": {"name": "news", "model": digest(model)} | more}  # fmt: skip
 
     async def submit(self, *stages: dict[str, Any], name: str = "news") -> RunRecord:
         spec = {"name": name, "stage": [{"name": s["uses"].rpartition(".")[2]} | s for s in stages]}
@@ -142,7 +153,7 @@ class Kit:
 
 @pytest.fixture
 async def kit() -> AsyncIterator[Kit]:
-    ScriptedTrainer.acts, ScriptedTrainer.done = {}, []
+    ScriptedTrainer.acts, ScriptedTrainer.done, ScriptedServer.loaded = {}, [], asyncio.Event()
     async with System(manifests=dict(MANIFESTS)) as system:
         (system.home / "jobs.toml").write_text(SETTINGS)
         node = await system.node({name: (manifest, FACTORIES[name]) for name, manifest in MANIFESTS.items()}, "node-local")

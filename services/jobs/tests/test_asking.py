@@ -1,7 +1,6 @@
 """How long the job service waits for a scheduler."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -34,14 +33,13 @@ async def system() -> AsyncIterator[System]:
 
 
 async def test_one_that_was_quick_and_hangs_is_given_up_soon(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernelm_jobs.asking, "TIMEOUT_S", 30.0)
+    monkeypatch.setattr(kernelm_jobs.asking, "TIMEOUT_S", 600.0)
     asking = Asking(await system.connect("jobs"), "test")
     await asking.decide(STATE)
-    Sleepy.takes_s = 60.0
-    begun = time.monotonic()
-    with pytest.raises(Fault, match="no answer"):
-        await asking.decide(STATE)
-    assert time.monotonic() - begun < 20
+    Sleepy.takes_s = 600.0
+    async with asyncio.timeout(120.0):  # far from the whole time
+        with pytest.raises(Fault, match="no answer"):
+            await asking.decide(STATE)
     Sleepy.takes_s = 3.0  # longer than the shortest patience: it doubles with every failure
     for _ in range(4):
         try:

@@ -76,7 +76,7 @@ async def test_a_job_changes_its_size_at_its_checkpoint_and_knows_its_cores(kit:
     kit.acts["grow"] = steps.act
     await kit.pools("scheduler", "trainer")
     job: JobRecord = await kit.bus.call(Jobs.submit, spec("grow", most=4))
-    await asyncio.wait_for(steps.there.wait(), 20)
+    await asyncio.wait_for(steps.there.wait(), 60)
     has = (await kit.job(job.id, lambda j: j.state == "running")).allocation
     Wilful.wants["grow"] = "resize", (Share("local", 3),)
     told = await kit.job(job.id, lambda j: j.target)
@@ -95,7 +95,7 @@ async def test_a_job_moves_to_another_node_at_its_checkpoint(kit: Kit) -> None:
     kit.acts["move"] = steps.act
     await kit.pools("scheduler", "trainer")
     job: JobRecord = await kit.bus.call(Jobs.submit, spec("move"))
-    await asyncio.wait_for(steps.there.wait(), 20)
+    await asyncio.wait_for(steps.there.wait(), 60)
     await second_node(kit)
     await kit.system.pool(kit.pool("trainer-other", "trainer", node="other"))
     Wilful.wants["move"] = "migrate", (Share("other", 1),)
@@ -116,7 +116,7 @@ async def test_a_move_is_called_off_when_no_checkpoint_comes(kit: Kit) -> None:
     kit.acts["stay"] = steps.act
     await kit.pools("scheduler", "trainer")
     job: JobRecord = await kit.bus.call(Jobs.submit, spec("stay", most=2))
-    await asyncio.wait_for(steps.there.wait(), 20)
+    await asyncio.wait_for(steps.there.wait(), 60)
     Wilful.wants["stay"] = "resize", (Share("local", 2),)
     called_off = await kit.job(job.id, lambda j: j.why.startswith("stays as it is"))
     assert (called_off.state, called_off.epoch, called_off.target) == ("running", 1, ())
@@ -132,10 +132,15 @@ async def test_what_can_not_be_moved_is_refused_and_stays(kit: Kit) -> None:
     kit.acts["fixed"] = steps.act
     await kit.pools("scheduler", "trainer")
     job: JobRecord = await kit.bus.call(Jobs.submit, spec("fixed"))
-    await asyncio.wait_for(steps.there.wait(), 20)
-    Wilful.wants["fixed"] = "resize", (Share("local", 2),)
+    await asyncio.wait_for(steps.there.wait(), 60)
     log = kit.system.home / "logs" / "jobs.log"
-    await until(lambda: "a gang starts whole or not at all" in log.read_text(), 20.0, "the refusal in the log")
+
+    def refused() -> bool:
+        Wilful.wants["fixed"] = "resize", (Share("local", 2),)  # again, as schedulers do: a round may be overtaken by what happens
+        return "a gang starts whole or not at all" in log.read_text()
+
+    await until(refused, 20.0, "the refusal in the log")
+    Wilful.wants.clear()
     steps.go.set()
     done = await kit.job(job.id, lambda j: j.state == "done")
     assert done.epoch == 1
@@ -194,7 +199,7 @@ async def test_a_gang_waits_for_all_its_members_and_works_as_one(kit: Kit) -> No
     kit.acts["gang"] = ring.act
     await kit.pools("scheduler", "trainer")
     job: JobRecord = await kit.bus.call(Jobs.submit, spec("gang", gang=3))
-    waiting = await kit.job(job.id, lambda j: "members" in j.why or "3 times" in j.why)
+    waiting = await kit.job(job.id, lambda j: "needs 3 instances of trainer at once" in j.why)
     assert (waiting.state, ring.seen) == ("queued", [])  # one instance is free, and none of it is taken
     await kit.system.pool(kit.pool("more", "trainer", instances=2))
     done = await kit.job(job.id, lambda j: j.state == "done", 30.0)

@@ -12,6 +12,7 @@ from kernelm.testing.harness import until
 from kernelm_contracts.jobs import Deployment, JobRecord, Jobs, RollbackDeployment, RunName
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_sdk.errors import ClientFault, Fault
+from kernelm_sdk.system import Bounds, Kernel, SwapRequest
 
 Kit = Any  # of conftest.py, which can't be imported
 
@@ -132,6 +133,43 @@ async def test_a_swap_goes_on_when_the_job_service_is_killed_while_it_watches(ki
     assert (view.run.state, view.jobs[0].epoch, view.jobs[0].result["generation"]) == ("done", 1, 2), view.run.fault
     assert not caller.faults
     assert len([s for s in (await kit.system.state()).swaps if s.pool == view.jobs[0].result["pool"]]) == 1
+
+
+async def test_a_canary_that_is_promoted_has_all_calls_at_once(kit: Kit) -> None:
+    await kit.pools("scheduler")
+    await kit.end((await kit.submit(deploy(kit, "m1"))).id)
+    async with Caller(kit).calling() as caller:
+        run = await kit.submit(deploy(kit, "m2", canary=20, watch_s=120.0))
+        await kit.job(f"{run.id}-deploy", lambda j: j.progress.phase == "watching")
+        state = await kit.system.state()
+        spec = next(p for p in state.pools if p.pool == state.swaps[-1].pool)
+        await kit.bus.call(Kernel.swap, SwapRequest(spec, ("news",), bounds=Bounds(watch_s=0.0)))
+        assert (await kit.end(run.id, 40.0)).run.state == "done"
+        assert {await generation(kit) for _ in range(30)} == {2}
+    assert not caller.faults
+    assert [p.generation for p in (await record(kit)).history] == [1]
+
+
+async def test_a_model_that_knows_too_little_never_gets_a_call(kit: Kit) -> None:
+    await kit.pools("scheduler")
+    known = {"checks": [{"text": "the sun", "expect": "bright"}, {"text": "the stars", "expect": "bright"},
+                        {"text": "the void", "expect": "dark"}], "quality": 0.6}  # fmt: skip
+    first = await kit.end((await kit.submit(deploy(kit, "m1", **known))).id)
+    assert first.run.state == "done", first.run.fault
+    async with Caller(kit).calling() as caller:
+        view = await kit.end((await kit.submit(deploy(kit, "dull", **known))).id)
+        assert view.run.state == "failed"
+        assert view.run.fault is not None
+        assert view.run.fault.code == "poor_quality"
+        assert "0 of 3 known answers" in view.run.fault.message
+        assert "'the sun' is answered with 'dull'" in view.run.fault.message
+        assert view.jobs[0].attempt == 1  # it would be as bad the next time
+        better = await kit.end((await kit.submit(deploy(kit, "m2", canary=50, watch_s=1.0, **known))).id)
+        assert better.run.state == "done", better.run.fault
+    assert set(caller.answers) == {1, 3}
+    assert not caller.faults
+    assert all("-g2-" not in p.pool for p in (await kit.system.state()).pools)
+    assert {s.pool for s in (await kit.system.state()).swaps if s.routes and "-g2-" in s.pool} == set()
 
 
 async def test_a_deployment_that_is_cancelled_while_it_is_watched_goes_back(kit: Kit) -> None:

@@ -37,6 +37,7 @@ def test_deployments() -> None:
     assert already_serves(asked, record, asked, SYSTEM)
     assert not already_serves(msgspec.structs.replace(asked, maximum=2), record, asked, SYSTEM)  # scaled in another way
     assert not already_serves(DeployRequest("news", OTHER), record, asked, SYSTEM)
+    assert not already_serves(msgspec.structs.replace(asked, settings={"threads": 2}), record, asked, SYSTEM)
     empty = msgspec.structs.replace(SYSTEM, instances=())
     assert not already_serves(asked, record, asked, empty)
     assert already_serves(asked, msgspec.structs.replace(record, replicas=0), asked, empty)  # it has none until a call comes
@@ -109,3 +110,8 @@ def test_a_deployment_remembers_what_served_before() -> None:
     new = follows(Deployment("news", 3, OTHER, "news-g3-bbbbbbbb", "encoder", "k", when=2.0), old)
     assert [(p.generation, p.artifact, p.pool, p.until) for p in new.history] == [(1, MODEL, SERVING, 2.0)]
     assert follows(msgspec.structs.replace(new, history=()), new) == new  # written again after a crash
+
+
+def test_a_deployment_s_settings_are_those_of_its_plugin_and_never_name_another_model() -> None:
+    asked = DeployRequest("news", MODEL, settings={"threads": 2, "model": {"name": "other", "artifact": OTHER, "generation": 9}})
+    assert pool_spec(asked, 3, "local", 1).settings == {"threads": 2, "model": {"name": "news", "artifact": MODEL, "generation": 3}}

@@ -7,7 +7,7 @@ from kernelm_contracts.scheduler import Decision, Point, Share
 from kernelm_jobs.elastic import RATE, curve, terms
 from kernelm_jobs.holdings import reserved
 from kernelm_jobs.moving import called_off, growth, moved, retargeted
-from kernelm_jobs.rounds import Worker, choose_all
+from kernelm_jobs.rounds import Crews, Worker, choose_all
 from kernelm_sdk.system import Progress, Resources
 
 SPEC = JobSpec("j", "trainer/1.train", {}, Resources(0.5, 100), most=3)
@@ -34,7 +34,7 @@ def test_what_was_measured_counts_and_what_was_not_is_worth_a_try() -> None:
 def test_a_resize_takes_place_on_record_then_at_the_checkpoint() -> None:
     decision = Decision("j", "resize", "a", "wide:trainer", "why not", 0.0, (Share("a", 3),))
     assert growth(JOB, decision) == (Share("a", 1),)
-    change, heir = retargeted(JOB, decision, READY)
+    change, heir = retargeted(JOB, decision, Crews(READY))
     assert not isinstance(change, str)
     told = change(JOB)
     assert (heir, told.state, told.target, told.heir) == ("t-1", "running", (Share("a", 3),), "t-1")
@@ -52,24 +52,26 @@ def test_a_resize_takes_place_on_record_then_at_the_checkpoint() -> None:
 def test_a_migration_needs_a_free_instance_there_and_holds_both_places() -> None:
     decision = Decision("j", "migrate", "b", "wide:trainer", "nearer", 0.0, (Share("b", 2),))
     assert growth(JOB, decision) == (Share("b", 2),)
-    change, heir = retargeted(JOB, decision, READY)
+    change, heir = retargeted(JOB, decision, Crews(READY))
     assert not isinstance(change, str)
     assert heir == "t-4"  # with the most room
     assert set(reserved(change(JOB))) == {Share("a", 2), Share("b", 2)}
-    assert retargeted(JOB, decision, READY[1:2])[0] == "migrate: no instance on b is free for it"
+    assert retargeted(JOB, decision, Crews(READY[1:2]))[0] == "migrate: no instance on b is free for it"
 
 
 def test_what_can_not_be_done_is_said() -> None:
     spread = Decision("j", "resize", "a", "wide:trainer", "", 0.0, (Share("a", 1), Share("b", 2)))
-    assert "one instance's" in str(retargeted(JOB, spread, READY)[0])
+    assert "one instance's" in str(retargeted(JOB, spread, Crews(READY))[0])
     fixed = replace(JOB, spec=replace(SPEC, most=1), allocation=())
-    assert "not 3 times" in str(retargeted(fixed, Decision("j", "resize", "a", "trainer", "", 0.0, (Share("a", 3),)), READY)[0])
+    wider = Decision("j", "resize", "a", "trainer", "", 0.0, (Share("a", 3),))
+    assert "not 3 times" in str(retargeted(fixed, wider, Crews(READY))[0])
     gang = replace(fixed, gang=("t-1", "t-9"))
-    assert "preempt it" in str(retargeted(gang, Decision("j", "migrate", "b", "trainer", "", 0.0, (Share("b", 1),)), READY)[0])
+    elsewhere = Decision("j", "migrate", "b", "trainer", "", 0.0, (Share("b", 1),))
+    assert "preempt it" in str(retargeted(gang, elsewhere, Crews(READY))[0])
 
 
 def test_a_gang_gets_another_instance_for_every_member_or_none() -> None:
     spec = replace(SPEC, most=1, gang=2)
     place = Decision("j", "place", "b", "trainer", "", 0.0, (Share("b", 2),))
-    assert [w.instance for w in choose_all(place, spec, READY)] == ["t-4", "t-2"]
-    assert choose_all(replace(place, allocation=(Share("b", 3),)), replace(spec, gang=3), READY) == []
+    assert [w.instance for w in choose_all(place, spec, Crews(READY))] == ["t-4", "t-2"]
+    assert choose_all(replace(place, allocation=(Share("b", 3),)), replace(spec, gang=3), Crews(READY)) == []

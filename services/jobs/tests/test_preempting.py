@@ -45,7 +45,7 @@ async def test_a_burst_job_makes_room_at_its_checkpoint_and_goes_on_from_it(kit)
     kit.acts |= {"burst": burst, "urgent": urgent}
     await kit.pools("scheduler", "trainer", "trainer")
     first = await kit.bus.call(Jobs.submit, spec("burst", 1.5, preemptible=True))
-    await asyncio.wait_for(begun.wait(), 20)
+    await asyncio.wait_for(begun.wait(), 60)
     second = await kit.bus.call(Jobs.submit, spec("urgent", 1.0))
     told = await kit.job(first.id, lambda j: j.stopping > 0)
     assert (told.state, told.epoch) == ("running", 1)  # it works on until its checkpoint
@@ -85,3 +85,24 @@ async def test_why_and_plan_say_what_the_scheduler_would(kit) -> None:
     await kit.bus.call(Jobs.cancel, JobName(second.id))
     plan = await kit.bus.call(Jobs.plan, RunSpec("p", stages[:1]))
     assert (plan.stages[0].action, plan.stages[0].node) == ("place", "local")
+
+
+async def test_why_counts_those_that_come_before_it_whatever_the_ids_are(kit) -> None:
+    async def forever(request: TrainRequest, job: Job) -> Trained:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    kit.acts |= {"first": forever}
+    await kit.pools("scheduler", "trainer", "trainer")
+    first = await kit.bus.call(Jobs.submit, spec("first", 1.5))
+    await kit.job(first.id, lambda j: j.state == "running")
+    waiting: list[str] = []
+    for ahead, name in enumerate(("zebras", "mule", "ape", "antelope")):  # ids begin with the name
+        job = await kit.bus.call(Jobs.submit, spec(name, 1.0, priority=-ahead))
+        await kit.job(job.id, lambda j: j.why.startswith("waits"))
+        waiting.append(job.id)
+        outlook: Outlook = await kit.bus.call(Jobs.why, JobName(job.id))  # each time on what has changed since the last one
+        assert (name, outlook.ahead) == (name, ahead)
+    assert [(await kit.bus.call(Jobs.why, JobName(id))).ahead for id in waiting] == [0, 1, 2, 3]
+    await kit.bus.call(Jobs.cancel, JobName(waiting[0]))
+    assert [(await kit.bus.call(Jobs.why, JobName(id))).ahead for id in waiting[1:]] == [0, 1, 2]

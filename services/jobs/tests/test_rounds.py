@@ -8,7 +8,17 @@ from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, Model
 from kernelm_jobs.checks import check
 from kernelm_jobs.deployment import pool_spec
 from kernelm_jobs.holdings import holdings
-from kernelm_jobs.rounds import choose, cluster_state, deadlock, loaded_models, pending_job, plugins_for, workers
+from kernelm_jobs.rounds import (
+    Crews,
+    Shown,
+    choose,
+    cluster_state,
+    deadlock,
+    loaded_models,
+    pending_jobs,
+    plugins_for,
+    workers,
+)
 from kernelm_sdk.system import Destination, Instance, NodeReport, PoolSpec, Resources, Route, SystemState
 
 
@@ -40,7 +50,7 @@ def test_the_scheduler_sees_what_jobs_left() -> None:
     ready = workers(SYSTEM, jobs, {"encoder": 2})
     assert {w.instance: w.free for w in ready} == {"t-1": 0, "t-2": 1, "e-1": 2, "x-1": 1}  # no draining one, none that serves
     assert {w.instance for w in workers(SYSTEM, jobs, {}, {"t-2"})} == {"t-1", "e-1", "x-1"}
-    pending = [pending_job(j, SYSTEM, {}) for j in jobs if j.state == "queued"]
+    pending = pending_jobs([j for j in jobs if j.state == "queued"], SYSTEM, {}, {}, Shown())
     state = cluster_state(7, 100.0, holdings(jobs, {}, SYSTEM), pending, [REPORT], ready, {"default": Resources(9.0, 9)})
     slots = {"trainer": 1, "encoder": 2, "other": 1, "pool:encoder": 1}
     assert state.nodes == (NodeState("local", Resources(2.0, 8000), Resources(1.5, 7488), slots),)
@@ -52,8 +62,8 @@ def test_the_scheduler_sees_what_jobs_left() -> None:
 def test_the_scheduler_is_told_what_lies_where_as_far_as_it_is_asked_for() -> None:
     report = msgspec.structs.replace(REPORT, artifacts=(MODEL, OTHER, "sha256:" + "d" * 64))
     assert loaded_models(SYSTEM) == {"local": (MODEL,)}
-    wanted = pending_job(job("a", request={"base": MODEL, "dataset": "sha256:" + "d" * 64}), SYSTEM, {})
-    state = cluster_state(7, 100.0, [], [wanted], [report], [], {}, loaded=loaded_models(SYSTEM))
+    wanted = pending_jobs([job("a", request={"base": MODEL, "dataset": "sha256:" + "d" * 64})], SYSTEM, {}, {}, Shown())
+    state = cluster_state(7, 100.0, [], wanted, [report], [], {}, loaded=loaded_models(SYSTEM))
     assert state.nodes[0].artifacts == (MODEL, "sha256:" + "d" * 64)
     assert state.nodes[0].models == (MODEL,)
     bare = cluster_state(7, 100.0, [], [], [report], [], {}, loaded=loaded_models(SYSTEM))
@@ -82,7 +92,8 @@ def test_the_plugin_is_the_user_s_choice_then_the_route_s() -> None:
     assert plugins_for("trainer/1", "", SYSTEM, installed) == ("trainer",)  # `other` is ready too, but not routed to
     assert plugins_for("server/1", "", SYSTEM, installed) == ("encoder",)
     assert plugins_for("data/1", "", SYSTEM, installed) == ("mock",)
-    assert pending_job(job("a", uses="optimizer/1.optimize"), SYSTEM, installed).plugins == ("optimizer/1",)
+    asked = pending_jobs([job("a", uses="optimizer/1.optimize")], SYSTEM, installed, {}, Shown())
+    assert asked[0].plugins == ("optimizer/1",)
 
 
 STATE = ClusterState(
@@ -135,10 +146,17 @@ def test_decisions_on_another_version_are_all_refused() -> None:
 
 def test_the_instance_with_the_most_room_is_chosen() -> None:
     ready = workers(SYSTEM, [job("b", "running", node="local", instance="t-1")], {"trainer": 2})
-    chosen = choose(place("a"), "trainer/1", ready)
+    chosen = choose("local", "trainer", "trainer/1", Crews(ready))
     assert chosen is not None
     assert chosen.instance == "t-2"
-    assert choose(place("a", plugin="encoder"), "trainer/1", ready) is None
+    assert choose("local", "encoder", "trainer/1", Crews(ready)) is None
+    crews = Crews(ready)
+    for instance in ("t-2", "t-1", "t-2"):
+        again = choose("local", "trainer", "trainer/1", crews)
+        assert again is not None
+        assert again.instance == instance
+        crews.took(instance)
+    assert choose("local", "trainer", "trainer/1", crews) is None
 
 
 def test_a_child_that_can_never_run_beside_its_parent_is_found() -> None:
@@ -149,3 +167,22 @@ def test_a_child_that_can_never_run_beside_its_parent_is_found() -> None:
     assert deadlock(jobs["small"], jobs, nodes) == ""
     assert deadlock(jobs["stranger"], jobs, nodes) == ""
     assert deadlock(jobs["child"], jobs, [*nodes, NodeState("second", Resources(1.0, 600), Resources(0.0, 0))]) == ""
+
+
+def test_what_has_not_changed_is_shown_as_the_same_object() -> None:
+    shown, ready = Shown(), workers(SYSTEM, [], {})
+    waiting, running = job("a"), msgspec.structs.replace(job("b", "running", node="local", instance="t-1"), started=90.0)
+
+    def state(now: float, *jobs: JobRecord) -> ClusterState:
+        shown.again()
+        queued = [j for j in jobs if j.state == "queued"]
+        pending = pending_jobs(queued, SYSTEM, {}, {}, shown)
+        return cluster_state(1, now, holdings(jobs, {}, SYSTEM), pending, [REPORT], ready, {}, shown=shown)
+
+    first = state(100.0, waiting, running)
+    asked = pending_jobs([waiting], SYSTEM, {}, {}, Shown())
+    assert first == cluster_state(1, 100.0, holdings([running], {}, SYSTEM), asked, [REPORT], ready, {})
+    again = state(101.0, waiting, running)
+    assert (again.pending[0] is first.pending[0], again.placed[0] is first.placed[0]) == (True, True)
+    later = state(121.0, msgspec.structs.replace(waiting, attempt=1), running)
+    assert (later.pending[0].attempt, later.placed[0].served_s) == (1, 30.0)

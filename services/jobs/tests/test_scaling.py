@@ -16,11 +16,6 @@ Kit = Any  # of conftest.py, which can't be imported
 QUICK = {"serving": {"down_after_s": 1.0, "idle_s": 1.5, "drain_s": 2.0, "spare": 1.2}, "preemption": {"rest_s": 0.0}}
 
 
-def deploy(kit: Kit, model: str = "m1", **more: Any) -> dict[str, Any]:
-    return {"uses": "deploy", "name": "deploy", "resources": {"cpu": 0.5},
-            "with": {"name": "news", "model": kit.digest(model)} | more}  # fmt: skip
-
-
 async def deployment(kit: Kit) -> Deployment:
     found, _ = await kit.bus.bucket("deployments", Deployment).get("model.news")
     assert found is not None
@@ -59,7 +54,7 @@ def slow_server(kit: Kit, seconds: float) -> None:
 async def test_replicas_follow_the_load_and_nothing_is_lost(kit: Kit) -> None:
     slow_server(kit, 0.05)
     await kit.system.pool(PoolSpec("scheduler", "scheduler", settings=QUICK))
-    view = await kit.end((await kit.submit(deploy(kit, maximum=3, objective_ms=400.0))).id)
+    view = await kit.end((await kit.submit(kit.deploy(maximum=3, objective_ms=400.0))).id)
     pool = view.jobs[0].result["pool"]
     faults: list[Fault] = []
     answered = 0
@@ -96,7 +91,7 @@ async def test_replicas_follow_the_load_and_nothing_is_lost(kit: Kit) -> None:
 
 async def test_a_model_without_calls_goes_to_zero_and_the_next_call_brings_it_back(kit: Kit) -> None:
     await kit.system.pool(PoolSpec("scheduler", "scheduler", settings=QUICK))
-    view = await kit.end((await kit.submit(deploy(kit, minimum=0, maximum=2))).id)
+    view = await kit.end((await kit.submit(kit.deploy(minimum=0, maximum=2))).id)
     pool = view.jobs[0].result["pool"]
     assert (await ask(kit)).generation == 1
 
@@ -112,7 +107,7 @@ async def test_a_model_without_calls_goes_to_zero_and_the_next_call_brings_it_ba
     assert (told.value.code, told.value.retriable, told.value.http_status) == ("starting", True, 503)
     assert told.value.details["retry_after_s"] > 0
     assert (await ask(kit, patience_s=20.0)).generation == 1
-    again = await kit.submit(deploy(kit, minimum=0, maximum=2), name="again")
+    again = await kit.submit(kit.deploy(minimum=0, maximum=2), name="again")
     assert (await kit.end(again.id)).jobs[0].reused  # it serves this model already
     # asleep again, the service is killed, and the next one still knows
     await until(asleep, 30.0, "zero replicas again")
@@ -120,7 +115,7 @@ async def test_a_model_without_calls_goes_to_zero_and_the_next_call_brings_it_ba
     assert (await ask(kit, patience_s=20.0)).generation == 1
     # a new version while there is none of the old one
     await until(asleep, 30.0, "zero replicas once more")
-    new = await kit.end((await kit.submit(deploy(kit, "m2", minimum=0, maximum=2), name="new")).id)
+    new = await kit.end((await kit.submit(kit.deploy("m2", minimum=0, maximum=2), name="new")).id)
     assert new.run.state == "done", new.run.fault
     assert (await ask(kit, patience_s=20.0)).generation == 2
     old: JobRecord = await kit.job(view.jobs[0].id, lambda j: j.state == "done")

@@ -47,6 +47,11 @@ async def test_a_run_goes_through_and_the_next_one_reuses_it(kit: Kit) -> None:
     assert [name for name, _, _ in kit.done] == ["train"]  # once in all
     found = (await kit.bus.call(Jobs.find, JobQuery(state="done"))).jobs
     assert {j.id for j in found} == {"news-1-prepare", "news-1-train", "news-2-prepare", "news-2-train"}
+    for _ in range(2):
+        await kit.bus.call(Jobs.submit, JobSpec("other", "trainer/1.train", {"dataset": "e"}, tenant="initech"))
+    newest = await kit.bus.call(Jobs.find, JobQuery(limit=1, tenant="default"))
+    assert ([j.spec.tenant for j in newest.jobs], newest.total) == (["default"], 4), "the newest of a tenant, not of all"
+    assert (await kit.bus.call(Jobs.find, JobQuery(state="no such", tenant="initech"))).total == 0
 
 
 async def test_the_same_run_under_way_is_the_same_run(kit: Kit) -> None:
@@ -91,7 +96,7 @@ async def test_a_cancelled_run_s_half_done_work_is_taken_up_by_the_next_run(kit:
 
     kit.acts["train"] = half
     first = await kit.submit(ALONE)
-    await asyncio.wait_for(saved.wait(), 20)
+    await asyncio.wait_for(saved.wait(), 60)
     await kit.bus.call(Jobs.cancel_run, RunName(first.id))
     view = await kit.end((await kit.submit(ALONE)).id)
     assert (view.run.state, view.jobs[0].result["model"]) == ("done", "from sha256:half")
@@ -112,7 +117,7 @@ async def test_a_killed_worker_s_job_goes_on_from_its_checkpoint(kit: Kit) -> No
 
     kit.acts["train"] = train
     run = await kit.submit(ALONE)
-    await asyncio.wait_for(saved.wait(), 10)
+    await asyncio.wait_for(saved.wait(), 60)
     job = (await kit.view(run.id)).jobs[0]
     assert (job.state, job.epoch, job.checkpoint) == ("running", 1, "sha256:half")
     await kit.node.kill(job.instance)
@@ -263,7 +268,7 @@ async def test_cancelling_a_run_ends_jobs_and_their_children(kit: Kit) -> None:
     view = await kit.view(run.id)
     assert [j.spec.name for j in view.jobs] == ["train", "child"]
     await kit.bus.call(Jobs.cancel_run, RunName(run.id))
-    await asyncio.wait_for(cancelled.wait(), 10)
+    await asyncio.wait_for(cancelled.wait(), 60)
     view = await kit.end(run.id)
     assert view.run.state == "cancelled"
     assert [j.state for j in view.jobs] == ["cancelled", "cancelled"]
@@ -368,7 +373,7 @@ async def test_a_killed_broker_costs_no_attempt(kit: Kit) -> None:
 
 async def test_a_deployment_can_be_cancelled_while_it_starts(kit: Kit) -> None:
     await kit.pools("scheduler")
-    run = await kit.submit(deploy(kit, "slow"))
+    run = await kit.submit(kit.deploy("slow"))
     await kit.job(f"{run.id}-deploy", lambda j: j.progress.phase == "starting")
     await kit.bus.call(Jobs.cancel_run, RunName(run.id))
     assert (await kit.end(run.id)).jobs[0].state == "cancelled"
@@ -377,34 +382,31 @@ async def test_a_deployment_can_be_cancelled_while_it_starts(kit: Kit) -> None:
         return all(not p.pool.startswith("news-g1") for p in (await kit.system.state()).pools)
 
     await until(gone)
-    assert (await kit.end((await kit.submit(deploy(kit, "m1"))).id)).jobs[0].result["generation"] == 2  # no number twice
+    assert (await kit.end((await kit.submit(kit.deploy("m1"))).id)).jobs[0].result["generation"] == 2  # no number twice
 
 
 async def test_a_deployment_goes_on_after_the_service_was_killed(kit: Kit) -> None:
     await kit.pools("scheduler")
-    await kit.end((await kit.submit(deploy(kit, "m1"))).id)
-    run = await kit.submit(deploy(kit, "slowish"))
+    await kit.end((await kit.submit(kit.deploy("m1"))).id)
+    run = await kit.submit(kit.deploy("held"))
     await kit.job(f"{run.id}-deploy", lambda j: j.progress.phase == "starting")
     await kit.restart_jobs()
     assert not (await kit.view(run.id)).jobs[0].result  # it is still loading
+    kit.loaded.set()
     view = await kit.end(run.id)
     assert (view.run.state, view.jobs[0].epoch, view.jobs[0].result["generation"]) == ("done", 1, 2)
-
-
-def deploy(kit: Kit, model: str) -> dict:
-    return {"uses": "deploy", "name": "deploy", "with": {"name": "news", "model": kit.digest(model)}, "resources": {"cpu": 0.5}}
 
 
 async def test_a_model_is_deployed_replaced_and_not_deployed_twice(kit: Kit) -> None:
     await kit.pools("scheduler")
     old, new = (f"news-g{n}-{kit.digest(f'm{n}')[7:15]}" for n in (1, 2))
-    first = await kit.end((await kit.submit(deploy(kit, "m1"))).id)
+    first = await kit.end((await kit.submit(kit.deploy("m1"))).id)
     assert first.run.state == "done", first.run.fault
     assert first.jobs[0].result == {"model": "news", "generation": 1, "artifact": kit.digest("m1"), "pool": old}
     assert first.jobs[0].state == "running"  # it holds its resources
-    again = await kit.end((await kit.submit(deploy(kit, "m1"))).id)
+    again = await kit.end((await kit.submit(kit.deploy("m1"))).id)
     assert (again.jobs[0].reused, again.jobs[0].result) == (True, first.jobs[0].result)
-    second = await kit.end((await kit.submit(deploy(kit, "m2"))).id)
+    second = await kit.end((await kit.submit(kit.deploy("m2"))).id)
     assert second.jobs[0].result["generation"] == 2
     await kit.job(first.jobs[0].id, lambda j: j.state == "done")
 
@@ -418,14 +420,14 @@ async def test_a_model_is_deployed_replaced_and_not_deployed_twice(kit: Kit) -> 
     with pytest.raises(ClientFault, match="serves deployment 'news'"):
         await kit.bus.call(Jobs.cancel, JobName(second.jobs[0].id))
     await kit.restart_jobs()
-    assert (await kit.end((await kit.submit(deploy(kit, "m2"))).id)).jobs[0].reused
+    assert (await kit.end((await kit.submit(kit.deploy("m2"))).id)).jobs[0].reused
 
 
 @pytest.mark.slow
 async def test_a_model_that_can_not_be_loaded_leaves_the_old_one_in_place(kit: Kit) -> None:
     await kit.pools("scheduler")
-    old = await kit.end((await kit.submit(deploy(kit, "m1"))).id)
-    failed = await kit.end((await kit.submit(deploy(kit, "broken") | {"attempts": 1})).id, 40.0)
+    old = await kit.end((await kit.submit(kit.deploy("m1"))).id)
+    failed = await kit.end((await kit.submit(kit.deploy("broken") | {"attempts": 1})).id, 40.0)
     assert failed.run.state == "failed"
     assert failed.run.fault is not None
     assert "news-g2" in failed.run.fault.message

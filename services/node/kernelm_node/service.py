@@ -79,7 +79,7 @@ class NodeService:
         self._starting: dict[str, tuple[asyncio.Lock, int]] = {}  # by instance, with how many hold or want it
         self._runtimes = Runtimes(home)
         self._trust = Trust(home, read_policy(os.environ))
-        self._sources = Sources(bus, self.name, self._trust)
+        self._sources = Sources(bus, self.name, self._trust, os.environ.get("KERNELM_MIRROR", ""))
         for folder in ("logs", "scratch", "run/tokens"):
             (home / folder).mkdir(parents=True, exist_ok=True)
         (home / "run" / "tokens").chmod(0o700)
@@ -105,6 +105,7 @@ class NodeService:
                 return entry.running()
             for what in ("instance", "plugin", "pool"):
                 _name(getattr(request, what), what)
+            request = self._runtimes.ours(request)
             runtime = await self._runtimes.choose(request)
             return (await self._launch(request, runtime, await self._sources.of(request))).running()
 
@@ -196,7 +197,7 @@ class NodeService:
 
     def _environment(self, request: StartInstance, scratch: Path, secret: Path, file: Path, source: Path | None) -> dict[str, str]:
         """The node's own environment without what is the node's alone, who the instance is, and where its code lies."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("KERNELM_NODE_", "KERNELM_TOKEN"))}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("KERNELM_NODE_", "KERNELM_TOKEN", "KERNELM_HEALTH"))}
         if source is not None:
             inherited["PYTHONPATH"] = os.pathsep.join([str(source), *filter(None, [inherited.get("PYTHONPATH")])])
             inherited["PYTHONPYCACHEPREFIX"] = str(self._home / "run" / "pycache")  # the artifact stays as it is
@@ -205,6 +206,7 @@ class NodeService:
             "KERNELM_PLUGIN": request.plugin, "KERNELM_POOL": request.pool, "KERNELM_SCRATCH": str(scratch),
             "KERNELM_MANIFEST": str(file), "KERNELM_TOKEN_FILE": str(secret), "PYTHONUNBUFFERED": "1",
             **({"KERNELM_CPU": f"{request.needs.cpu:g}"} if request.needs.cpu > 0 else {}),
+            **({"KERNELM_MEMORY_MB": str(request.needs.memory_mb)} if request.needs.memory_mb > 0 else {}),
         }  # fmt: skip
 
     async def _adopt(self) -> None:

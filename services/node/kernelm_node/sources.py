@@ -32,10 +32,10 @@ def stored(home: Path) -> tuple[str, ...]:
 
 
 class Sources:
-    """Opens what a start names, if it may run here. `bus` has `call`."""
+    """Opens what a start names, if it may run here. `bus` has `call`; `mirror` opens artifacts where their store is elsewhere."""
 
-    def __init__(self, bus: Any, node: str, trust: Trust) -> None:
-        self._bus, self._node, self._trust = bus, node, trust
+    def __init__(self, bus: Any, node: str, trust: Trust, mirror: str = "") -> None:
+        self._bus, self._node, self._trust, self._mirror = bus, node, trust, mirror
         self._points: dict[str, EntryPoint] = {}
         self._stamp: list[tuple[str, int]] = []  # of the folders that packages are in
 
@@ -75,7 +75,7 @@ class Sources:
     async def open(self, digest: str) -> Path:
         """The folder of an artifact on this machine."""
         try:
-            opened = await self._bus.call(Artifacts.open, ArtifactName(digest), timeout_s=OPEN_S)
+            opened = await self._bus.call(Artifacts.open, ArtifactName(digest), timeout_s=OPEN_S, instance=self._mirror)
         except ClientFault:
             raise
         except Fault as fault:

@@ -35,7 +35,7 @@ class Kernel:
         self.reports: list[ExitReport] = []
         self.away = False
 
-    async def call(self, declared, request, *, timeout_s=30.0, patience_s=0.0):
+    async def call(self, declared, request, *, instance="", timeout_s=30.0, patience_s=0.0):
         assert patience_s == float("inf")
         if self.away:
             await asyncio.Event().wait()

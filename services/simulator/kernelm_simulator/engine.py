@@ -1,8 +1,9 @@
 """The simulation: discrete events, rounds in which a scheduler decides, and a check of every step.
 
 Jobs arrive and finish at any moment; rounds are held at multiples of `round_s`, only when there is something to decide: something
-has happened, or jobs wait or could be resized. A decision is carried out at once; a job that is placed, moved or resized first
-restarts from a checkpoint (`Work.restart_s`), during which it holds its devices and makes no progress.
+has happened, or jobs wait or could be resized, and the scheduler does not say that it would decide nothing (`Steady`). A decision
+is carried out at once; a job that is placed, moved or resized first restarts from a checkpoint (`Work.restart_s`), during which it
+holds its devices and makes no progress.
 What a scheduler decides must be possible: `Floor` refuses what is taken, `_checked` what the job can't do, and a refused
 decision ends the simulation with the job, the time and the reason. The same trace, cluster and scheduler give the same result.
 """
@@ -21,6 +22,7 @@ from kernelm_simulator.run import Run
 from kernelm_simulator.trace import TraceJob
 
 Decide = Callable[[ClusterState], Decisions]
+Steady = Callable[[ClusterState], float]  # until when it decides nothing, if no job comes, ends, or becomes movable
 ROUND_S = 60.0  # Pollux and Sia
 STUCK_S = 30 * 86400.0  # nothing runs, nothing comes, and the scheduler places nothing for so long: it never will
 
@@ -53,9 +55,13 @@ class Result(Struct):
 class Simulation:
     """`Simulation(jobs, cluster, decide).run()`."""
 
-    def __init__(self, jobs: list[TraceJob], cluster: Cluster, decide: Decide, options: Options | None = None) -> None:
+    def __init__(self, jobs: list[TraceJob], cluster: Cluster, decide: Decide, options: Options | None = None,
+                 steady: Steady | None = None) -> None:  # fmt: skip
         self.options = options or Options()
-        self.cluster, self.decide, self.floor = cluster, decide, Floor(cluster)
+        if not (self.options.round_s > 0 and self.options.refresh_s > 0):
+            said = f"round_s {self.options.round_s:g}, refresh_s {self.options.refresh_s:g}"
+            raise ClientFault("invalid", f"rounds have no distance: {said}", "seconds above 0")
+        self.cluster, self.decide, self.floor, self.steady = cluster, decide, Floor(cluster), steady
         if len({job.id for job in jobs}) < len(jobs):
             raise ClientFault("invalid_trace", "two jobs of the trace have the same id", "make the ids unique")
         self.coming = [Run(job, cluster, self.options.rigid) for job in reversed(jobs)]  # the next one last
@@ -65,6 +71,7 @@ class Simulation:
         self.changes: list[Change] = []
         self.decide_s: list[float] = []
         self.idle_since = 0.0
+        self.steady_until = 0.0
 
     def run(self) -> Result:
         """Simulate until every job is done or rejected."""
@@ -72,7 +79,7 @@ class Simulation:
             event, wanted = self._next_event(), self._attention()
             at = self._boundary(event)
             if wanted:
-                at = min(at, self._boundary(self.now + self.options.refresh_s))
+                at = min(at, self._boundary(max(self.now + self.options.refresh_s, self.steady_until)))
             if math.isinf(at):
                 raise self._stuck()
             self._advance(at)
@@ -85,7 +92,7 @@ class Simulation:
 
     def _next_event(self) -> float:
         arrival = self.coming[-1].job.submitted if self.coming else math.inf
-        return min(arrival, min((run.finish() for run in self.active.values()), default=math.inf))
+        return min(arrival, min([run.ends for run in self.active.values()], default=math.inf))
 
     def _attention(self) -> bool:
         """Whether there is something a scheduler could change."""
@@ -98,8 +105,8 @@ class Simulation:
 
     def _advance(self, to: float) -> None:
         """All that happens until `to`."""
-        for run in [r for r in self.active.values() if r.finish() <= to]:
-            self._finish(run, run.finish())
+        for run in [r for r in self.active.values() if r.ends <= to]:
+            self._finish(run, run.ends)
         while self.coming and self.coming[-1].job.submitted <= to:
             run = self.coming.pop()
             self.active[run.job.id] = run
@@ -117,7 +124,7 @@ class Simulation:
         known = self.options.remaining_known
         return ClusterState(
             self.version, self.now, self.floor.states(),
-            tuple([run.pending(self.now, known) for run in self.active.values() if not run.allocation]),
+            tuple([run.pending(known) for run in self.active.values() if not run.allocation]),
             tuple([run.shown(self.now, known) for run in self.active.values() if run.allocation]),
             actions=("preempt", "migrate", "resize"),
         )  # fmt: skip
@@ -130,15 +137,25 @@ class Simulation:
         self.decide_s.append(time.perf_counter() - begun)
         if decisions.version != self.version:
             raise ClientFault("refused", f"the scheduler answered for version {decisions.version} of {self.version}")
-        for decision in decisions.decisions:
-            self._carry_out(decision)
-        self.check()
+        changed = [self._carry_out(decision) for decision in decisions.decisions]
+        if any(changed):
+            self.check()
+        self.steady_until = 0.0 if any(changed) or self.steady is None else self._calm(self.steady(state))
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _calm(self, until: float) -> float:
+        """`until`, or when the first job has restarted, and can be moved again."""
+        restarting = [run.working for run in self.active.values() if run.allocation and run.working > self.now]
+        return min([until, *restarting])
+
+    def _carry_out(self, decision: Decision) -> bool:
+        """Whether it changes anything."""
         run = self.active.get(decision.job)
         if run is None:
             raise ClientFault("refused", f"at {self.now:g} s: {decision.action} of {decision.job!r}, which is no job that is here")
         try:
+            if decision.action == "wait":
+                self._expect(run, placed=False)
+                return False
             if decision.action == "place":
                 self._expect(run, placed=False)
                 self._start(run, decision)
@@ -155,13 +172,12 @@ class Simulation:
                 self._expect(run, placed=False)
                 run.rejected = decision.reason or "rejected"
                 del self.active[run.job.id]
-            elif decision.action == "wait":
-                self._expect(run, placed=False)
             else:
                 raise ClientFault("refused", f"a job can't be told to {decision.action!r}")
         except ClientFault as fault:
             message = f"at {self.now:g} s, {decision.action} of {decision.job}: {fault.message}"
             raise ClientFault("refused", message, "the scheduler decided what is not possible: correct it") from None
+        return True
 
     def _expect(self, run: Run, placed: bool) -> None:
         if bool(run.allocation) != placed:

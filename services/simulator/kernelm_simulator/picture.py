@@ -12,12 +12,12 @@ from kernelm_simulator.metrics import fairness
 
 HOUR = 3600.0
 LEGEND = 12  # groups with a colour of their own; the others are grey
-WAITING = "#d62728"
+WAITING, OTHERS = "#d62728", "#bbbbbb"
 
 
 def draw(path: Path, results: Sequence[tuple[str, Result]], cluster: Cluster, by: str = "job") -> None:
-    """Write a PNG or SVG: one band a scheduler, coloured by "job", "tenant" or "type", with the number of waiting jobs as a line,
-    and below the distributions of completion time and fairness. ClientFault if matplotlib is not installed."""
+    """Write a PNG or SVG: one band a scheduler, coloured by "job", "tenant" or "type", the same in all, with the number of waiting
+    jobs as a line, and below the distributions of completion time and fairness. ClientFault if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -28,9 +28,10 @@ def draw(path: Path, results: Sequence[tuple[str, Result]], cluster: Cluster, by
     figure = pyplot.figure(figsize=(12, 2.2 * len(results) + 3.5), layout="constrained")
     grid = figure.add_gridspec(len(results) + 1, 2, height_ratios=[2.2] * len(results) + [3.2])
     longest = max((result.makespan for _, result in results), default=0.0) / HOUR
+    colours = _colours([result for _, result in results], by)
     for row, (name, result) in enumerate(results):
         axes = figure.add_subplot(grid[row, :])
-        _bands(axes, result, cluster, by)
+        _bands(axes, result, by, colours, legend=row == 0)
         axes.set(title=name, ylabel="devices", xlim=(0, longest), ylim=(0, cluster.devices))
     axes.set_xlabel("hours")
     for column, (title, values) in enumerate((("completion time, hours", _hours), ("finish-time fairness ratio", fairness))):
@@ -49,18 +50,22 @@ def _hours(runs: Sequence[Any], cluster: Cluster) -> list[float]:
     return [(run.finished - run.job.submitted) / HOUR for run in runs if run.finished >= 0]
 
 
-def _bands(axes: Any, result: Result, cluster: Cluster, by: str) -> None:
+def _bands(axes: Any, result: Result, by: str, colours: dict[str, Any], legend: bool) -> None:
     groups, moments, levels = held(result, by)
-    order = sorted(groups, key=lambda g: -sum(levels[g]))
-    colours = _colours(len(order), by)
+    order = [group for group in colours if group in groups]
     hours = [moment / HOUR for moment in moments]
-    axes.stackplot(hours, [levels[g] for g in order], step="post", colors=colours, linewidth=0,
-                   labels=order if by != "job" else None)  # fmt: skip
-    if by != "job":
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[:LEGEND], labels[:LEGEND], loc="upper right", fontsize=7, ncols=2)
-    times, waiting = _waiting(result)
-    axes.step(times, waiting, where="post", color=WAITING, linewidth=0.8)
+    axes.stackplot(hours, [levels[g] for g in order], step="post", colors=[colours[g] for g in order], linewidth=0)
+    waits = axes.twinx()
+    waits.step(*_waiting(result), where="post", color=WAITING, linewidth=0.8)
+    waits.set_ylim(bottom=0)
+    waits.yaxis.get_major_locator().set_params(integer=True)
+    waits.set_ylabel("waiting jobs", color=WAITING)
+    waits.tick_params(axis="y", colors=WAITING)
+    if legend and by != "job":
+        from matplotlib.patches import Patch
+
+        shown = [Patch(color=colour, label=group or "any") for group, colour in list(colours.items())[:LEGEND]]
+        waits.legend(handles=shown, loc="upper right", fontsize=7, ncols=2)
 
 
 def held(result: Result, by: str) -> tuple[list[str], list[float], dict[str, list[int]]]:
@@ -102,10 +107,19 @@ def _waiting(result: Result) -> tuple[list[float], list[int]]:
     return times, counts
 
 
-def _colours(count: int, by: str) -> list[Any]:
+def _colours(results: Sequence[Result], by: str) -> dict[str, Any]:
+    """A colour for each group, those that hold most over all simulations first; for jobs in the order of their submission."""
     from matplotlib import colormaps
 
     table = colormaps["tab20"].colors
     if by == "job":
-        return [table[i % len(table)] for i in range(count)]
-    return [*table[:LEGEND], *["#bbbbbb"] * max(0, count - LEGEND)][:count]
+        ids = [run.job.id for run in results[0].runs] if results else []
+        return {id: table[i % len(table)] for i, id in enumerate(ids)}
+    total: dict[str, float] = {}
+    for result in results:
+        groups, moments, levels = held(result, by)
+        for group in groups:
+            lasts = zip(levels[group], (after - before for before, after in pairwise(moments)), strict=False)
+            total[group] = total.get(group, 0.0) + sum(level * seconds for level, seconds in lasts)
+    order = sorted(total, key=lambda group: (-total[group], group))
+    return {group: table[i] if i < LEGEND else OTHERS for i, group in enumerate(order)}

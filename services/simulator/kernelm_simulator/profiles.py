@@ -32,13 +32,31 @@ Rows = np.ndarray  # columns: nodes, devices, batch size of one device, step sec
 
 
 def _columns(path: Path, *names: str) -> list[list[str]]:
+    remedy = "see the simulator's README.md, 'Profiles'"
     try:
         with path.open(newline="") as file:
-            return [[row[name] for name in names] for row in csv.DictReader(file)]
+            rows = csv.DictReader(file)
+            found = [[_number(row[name], name, rows.line_num) for name in names] for row in rows]
     except OSError as error:
-        raise ClientFault("missing_profile", f"{path}: {error.strerror}", "see the simulator's README.md, 'Profiles'") from None
+        raise ClientFault("missing_profile", f"{path}: {error.strerror}", remedy) from None
     except KeyError as error:
-        raise ClientFault("invalid_profile", f"{path} has no column {error}", "see the simulator's README.md, 'Profiles'") from None
+        raise ClientFault("invalid_profile", f"{path} has no column {error}", remedy) from None
+    except (ValueError, csv.Error) as error:
+        raise ClientFault("invalid_profile", f"{path}, {error}", remedy) from None
+    if not found:
+        raise ClientFault("invalid_profile", f"{path} has no line beyond its columns", remedy)
+    return found
+
+
+def _number(text: str | None, name: str, line: int) -> str:
+    """`text`, which must be that of a number, as a placement too is."""
+    try:
+        finite = math.isfinite(float(text or ""))
+    except ValueError:
+        finite = False
+    if not finite or text is None:
+        raise ValueError(f"line {line}: {name}: {text!r} is no number")
+    return text
 
 
 class Machine:

@@ -31,13 +31,17 @@ class Run:
     restarting_s: float = 0.0  # device seconds in which it started or restarted
     placements: int = 0
     preemptions: int = 0  # times it was stopped, moved or resized
+    ends: float = inf  # when it will be done where it runs now
+    _begun: float = 0.0  # seconds of work behind it, on the pace of its allocation, when it got that
     _speeds: dict[int, tuple[Speed, ...]] = field(default_factory=dict)
+    _waiting: PendingJob | None = None  # what a scheduler is shown of it: the same for as long as it waits
 
     def __post_init__(self) -> None:
         self.work: Work = self.job.rigid or self.job.work if self.rigid else self.job.work
         self.elastic = self.job.most > 0 and not self.rigid
         self.members = 1 if self.elastic else self.job.members
         self.most = self.job.most if self.elastic else 0
+        self._curved = self.elastic or bool(self.work.types())
         self.types = [t for t in self.work.types() if t in self.cluster.types] or list(self.cluster.types)
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -46,11 +50,7 @@ class Run:
         """Progress at `now`."""
         if self.pace is None or now <= self.working:
             return self.progress
-        return self.pace.progress(self.pace.time(self.progress) + now - self.working)
-
-    def finish(self) -> float:
-        """When it will be done where it runs now."""
-        return inf if self.pace is None else self.working + self.pace.total - self.pace.time(self.progress)
+        return self.pace.progress(self._begun + now - self.working)
 
     def served(self, now: float) -> float:
         """Device seconds it has had."""
@@ -69,6 +69,8 @@ class Run:
         placement: Placement = tuple(sorted(share.members for share in allocation))
         self.allocation = tuple(Share(s.node, s.members, type) for s in allocation)
         self.pace, self.placed, self.working = self.work.pace(type, placement), now, now + self.work.restart_s
+        self._begun, self._waiting = self.pace.time(self.progress), None
+        self.ends = self.working + self.pace.total - self._begun
         self.started = now if self.started < 0 else self.started
         self.placements += 1
 
@@ -76,21 +78,20 @@ class Run:
         """Take its devices away; it keeps its progress."""
         self.restarting_s += self.devices * (min(now, self.working) - self.placed)
         self.served_s, self.progress = self.served(now), self.done(now)
-        self.allocation, self.pace = (), None
+        self.allocation, self.pace, self.ends, self._waiting = (), None, inf, None
 
     # ---- what a scheduler sees ---------------------------------------------------------------------------------------
 
-    def speeds(self, now: float) -> tuple[Speed, ...]:
-        """Its goodput on each type, packed on empty nodes, at the progress of `now`."""
-        progress = self.done(now)
+    def speeds(self, progress: float) -> tuple[Speed, ...]:
+        """Its goodput on each type, packed on empty nodes; () for a job of which only the run time is known."""
+        if not self._curved:
+            return ()
         stage = self.work.stage(progress)
         if stage not in self._speeds:
             self._speeds = {stage: self._curves(progress)}  # the last one is all that is asked for again
         return self._speeds[stage]
 
     def _curves(self, progress: float) -> tuple[Speed, ...]:
-        if not self.elastic and not self.work.types():
-            return ()
         curves = []
         for type in self.types:
             points = []
@@ -110,8 +111,13 @@ class Run:
         all_of_them = min(self.most, self.cluster.types[type])
         return [*range(1, min(node, all_of_them) + 1), *range(2 * node, all_of_them + 1, node)]
 
-    def pending(self, now: float, remaining_known: bool) -> PendingJob:
-        speeds, left = self.speeds(now), self.work.total - self.progress
+    def pending(self, remaining_known: bool) -> PendingJob:
+        if self._waiting is None:
+            self._waiting = self._pending(remaining_known)
+        return self._waiting
+
+    def _pending(self, remaining_known: bool) -> PendingJob:
+        speeds, left = self.speeds(self.progress), self.work.total - self.progress
         return PendingJob(
             self.job.id, self.job.id, MEMBER, (PLUGIN,), tenant=self.job.tenant, submitted=self.job.submitted,
             members=self.members, most=self.most, speeds=speeds, done=self.progress,
@@ -121,7 +127,8 @@ class Run:
         )  # fmt: skip
 
     def shown(self, now: float, remaining_known: bool) -> PlacedJob:
-        speeds, done = self.speeds(now), self.done(now)
+        done = self.done(now)
+        speeds = self.speeds(done)
         left = self.work.total - done
         return PlacedJob(
             self.job.id, self.allocation[0].node, MEMBER, tenant=self.job.tenant, started=self.placed, allocation=self.allocation,

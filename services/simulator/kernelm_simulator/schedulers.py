@@ -20,6 +20,7 @@ class Loaded(Struct):
     name: str
     decide: Callable[[ClusterState], Decisions]
     resizes: bool  # False: it leaves jobs at the members they were submitted with
+    steady: Callable[[ClusterState], float] | None = None  # see `engine.Steady`; None: it may decide anew at any moment
 
 
 def load(name: str, settings: dict[str, Any] | None = None) -> Loaded:
@@ -46,7 +47,8 @@ def load(name: str, settings: dict[str, Any] | None = None) -> Loaded:
     except msgspec.ValidationError as error:
         raise ClientFault("invalid_settings", f"settings of {name}: {error}", "see the plugin's README.md") from None
     plugin: Any = factory(SimpleNamespace(scratch=Path.cwd()), chosen)  # no bus: a scheduler has no effects
-    return Loaded(name, lambda state: _at_once(plugin.decide(state, None), name), getattr(factory, "resizes", True))
+    return Loaded(name, lambda state: _at_once(plugin.decide(state, None), name), getattr(factory, "resizes", True),
+                  getattr(plugin, "steady", None))  # fmt: skip
 
 
 def _at_once(coroutine: Any, name: str) -> Decisions:

@@ -40,6 +40,14 @@ def test_first_in_first_out_to_the_second() -> None:
     assert ends(jobs, "1x2", "fifo") == {"a": 100, "b": 220, "c": 270}
 
 
+def test_who_is_asked_sooner_places_sooner() -> None:
+    jobs = [job("a", 0, 100, 2), job("b", 10, 100, 2), job("c", 20, 30)]
+    assert ends(jobs, "1x2", "fifo", round_s=5.0) == {"a": 100, "b": 200, "c": 230}
+    for nonsense in ({"round_s": 0.0}, {"refresh_s": -1.0}, {"round_s": float("nan")}):
+        with pytest.raises(ClientFault, match="rounds have no distance"):
+            ends(jobs, "1x2", "fifo", **nonsense)
+
+
 def test_the_shortest_goes_first_and_a_preempted_job_pays_for_its_restart() -> None:
     jobs = [job("long", 0, 1000, restart_s=20), job("short", 50, 40, restart_s=20)]
     # long works from 20 to 60 (40 s done), short works from 80 to 120, long restarts at 120 and works 960 s from 140 on
@@ -158,8 +166,9 @@ def test_a_picture_shows_what_was_held(tmp_path: Path) -> None:
     groups, moments, levels = held(result, "job")
     assert (groups, moments) == (["a", "b"], [0.0, 100.0, 120.0, 220.0])
     assert (levels["a"], levels["b"]) == ([2, 0, 0, 0], [0, 0, 1, 0])
-    draw(tmp_path / "p.png", [("fifo", result)], cluster, "tenant")
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    for by in ("job", "tenant", "type"):
+        draw(tmp_path / f"{by}.png", [("fifo", result)], cluster, by)
+        assert (tmp_path / f"{by}.png").stat().st_size > 10_000
 
 
 def test_the_command_compares(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from llamacpp_engine import Engine, EngineLost
-from msgspec import Struct, to_builtins
+from msgspec import Struct
 
 from kernelm_contracts.server import GenerateFrame, GenerateRequest, InfoRequest, ServedModel, Server, ServerInfo, Usage
 from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_sdk.plugin import Call, Plugin
 
 SEEDS = 2**32 - 1  # llama.cpp takes the last one for "any"
+NOT_HERE = ("tools", "tool_choice", "adapter")
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,6 +96,9 @@ def gguf(folder: Path) -> Path:
 
 def engine_request(request: GenerateRequest, settings: Settings) -> dict[str, Any]:
     """What llama.cpp is asked for; ClientFault for what has no meaning."""
+    given = [field for field in NOT_HERE if getattr(request, field)] + ["tool_calls" for m in request.messages if m.tool_calls]
+    if given:
+        raise ClientFault("unsupported_parameter", f"`{given[0]}` is given", "leave it out, or deploy with a plugin that has it")
     most = request.max_tokens or settings.max_tokens
     for wrong, what, remedy in (
         (bool(request.messages) == bool(request.prompt), "exactly one of `messages` and `prompt` must be given", "leave one out"),
@@ -102,11 +106,18 @@ def engine_request(request: GenerateRequest, settings: Settings) -> dict[str, An
         (not 0 <= request.temperature <= 100, f"`temperature` is {request.temperature}", "0 to 2 is usual"),
         (not 0 < request.top_p <= 1, f"`top_p` is {request.top_p}", "above 0, at most 1"),
         (not all(request.stop), "`stop` holds an empty string", "leave it out"),
+        (request.top_k < 0, f"`top_k` is {request.top_k}", "1 or more, or 0 for all"),
+        (not -2 <= request.presence_penalty <= 2, f"`presence_penalty` is {request.presence_penalty}", "-2 to 2"),
+        (not -2 <= request.frequency_penalty <= 2, f"`frequency_penalty` is {request.frequency_penalty}", "-2 to 2"),
     ):
         if wrong:
             raise ClientFault("invalid", what, remedy)
-    wanted = {"messages": to_builtins(request.messages)} if request.messages else {"prompt": request.prompt}
-    sampling = {"temperature": request.temperature, "top_p": request.top_p, "stop": list(request.stop), "max_tokens": most}
+    turns = [{"role": message.role, "content": message.content} for message in request.messages]
+    wanted = {"messages": turns} if turns else {"prompt": request.prompt}
+    names = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty")
+    sampling = {**{name: getattr(request, name) for name in names}, "stop": list(request.stop), "max_tokens": most}
+    if request.schema:
+        sampling["json_schema"] = request.schema
     seed = {} if request.seed is None else {"seed": request.seed % SEEDS}
     return {**wanted, **sampling, **seed, "stream": True, "stream_options": {"include_usage": True}}
 

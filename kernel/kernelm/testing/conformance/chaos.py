@@ -9,7 +9,7 @@ import signal
 from kernelm.testing.conformance.check import Case, Checks
 from kernelm.testing.conformance.life import calls_for
 from kernelm.testing.conformance.results import Failed
-from kernelm.testing.harness import until
+from kernelm.testing.harness import within
 from kernelm_sdk.errors import Fault
 
 checks = Checks()
@@ -46,7 +46,7 @@ async def broker(case: Case) -> None:
             return False
 
     try:
-        await until(answers, BACK_S)
+        await within(answers, BACK_S)
     except AssertionError:
         code = case.main.code
         raise Failed(f"it does not answer `probe` {BACK_S:g} s after the broker's restart, {_state(code)}",
@@ -85,7 +85,7 @@ async def given_up(case: Case) -> None:
     assert kernel is not None
     zombie.signal(signal.SIGSTOP)
     try:
-        await until(lambda: kernel.registry.instances[zombie.name].state == "lost", 40.0, "the loss of a frozen instance")
+        await within(lambda: kernel.registry.instances[zombie.name].state == "lost", 40.0, "the loss of a frozen instance")
     finally:
         zombie.signal(signal.SIGCONT)
     code = await zombie.ended(75.0)

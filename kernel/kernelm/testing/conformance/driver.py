@@ -11,7 +11,7 @@ from kernelm.testing.conformance.wire import Exchange, Wire
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.contract import Contract, Method
 from kernelm_sdk.errors import ClientFault, Fault
-from kernelm_sdk.system import Empty, Report
+from kernelm_sdk.system import Empty, Report, Used
 
 
 class Attempt:
@@ -92,6 +92,10 @@ class JobDriver:
             await attempt.released.wait()
         if (fault := attempt.answer(request)) is not None:
             raise fault
+        return Empty()
+
+    async def used(self, request: Used, call: Any) -> Empty:
+        """`work/1.used`: nobody is charged here."""
         return Empty()
 
     def attempt(self, job: str = "", epoch: int = 1) -> Attempt:

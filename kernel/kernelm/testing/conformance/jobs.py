@@ -7,7 +7,7 @@ from typing import Any
 from kernelm.testing.conformance.check import Case, Checks
 from kernelm.testing.conformance.driver import Attempt
 from kernelm.testing.conformance.results import Failed, Skipped
-from kernelm.testing.harness import until
+from kernelm.testing.harness import within
 from kernelm_sdk.errors import ClientFault, KernelFault
 
 checks = Checks()
@@ -187,7 +187,7 @@ async def repeat(case: Case) -> None:
             continue
         await finished(attempt)
         try:
-            await until(partial(_more_than_one, attempt), 20.0)
+            await within(partial(_more_than_one, attempt), 20.0)
         except AssertionError:
             raise Failed(
                 "the final report was answered with a retriable fault, and not repeated within 20 s", attempt.text
@@ -207,7 +207,7 @@ async def fenced(case: Case) -> None:
         await driver.hand(case.main.wire, contract, method, request_of(case, contract, method, shapes, about), attempt)
         if attempt.dispatched is not None and attempt.dispatched.fault is not None and case.sample(contract, method) is None:
             continue
-        await until(partial(getattr, attempt, "reports"), FINISH_S, "a report")
+        await within(partial(getattr, attempt, "reports"), FINISH_S, "a report")
         await asyncio.sleep(QUIET_S)
         if len(attempt.reports) > 2:  # one more may have been on its way
             raise Failed(f"{len(attempt.reports)} reports after the first was answered with `stale_epoch`", attempt.text)

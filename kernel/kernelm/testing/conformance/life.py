@@ -10,7 +10,7 @@ import msgspec
 
 from kernelm.testing.conformance.check import Case, Checks
 from kernelm.testing.conformance.results import Failed, Skipped
-from kernelm.testing.harness import until
+from kernelm.testing.harness import within
 from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.events import digest
 from kernelm_sdk.serving import ERROR, ERROR_CODE
@@ -103,7 +103,7 @@ async def events(case: Case) -> None:
 async def lease(case: Case) -> None:
     subject = f"$KV.leases.{case.main.name}"
     try:
-        await until(lambda: len(case.main.tap.of(subject)) > 1, 2 * LEASE_S)
+        await within(lambda: len(case.main.tap.of(subject)) > 1, 2 * LEASE_S)
     except AssertionError:
         raise Failed(f"{len(case.main.tap.of(subject))} renewals within {2 * LEASE_S:g} s") from None
     renewals = case.main.tap.of(subject)

@@ -19,7 +19,7 @@ from kernelm.testing.conformance.places import Body, OwnProcess, Place
 from kernelm.testing.conformance.results import Failed
 from kernelm.testing.conformance.subject import Subject
 from kernelm.testing.conformance.wire import Wire
-from kernelm.testing.harness import System, until
+from kernelm.testing.harness import System, within
 from kernelm_authority.files import write_secret
 from kernelm_authority.identity import Grant
 from kernelm_sdk.bus import Bus, Credentials
@@ -92,14 +92,14 @@ class Instance:
         """Wait until it is, or Failed with the end of its log."""
         state = self.stand.system.kernel
         assert state is not None
-        patience_s = START_S if self.place.runtime != "venv" else VENV_S
+        patience_s = self.subject.samples.start_s or (START_S if self.place.runtime != "venv" else VENV_S)
 
         def there() -> bool:
             known = state.registry.instances.get(self.name)
             return self.code is not None or (known is not None and known.state == "ready")
 
         try:
-            await until(there, patience_s)
+            await within(there, patience_s)
         except AssertionError:
             raise Failed(f"it is not ready {patience_s:g} s after its start", self.last_lines(),
                          "say hello, serve and say ready: kernel/PROTOCOL.md, 'The life of an instance'") from None  # fmt: skip

@@ -13,6 +13,8 @@
 
     [golden]                          # with what the answer to such a request begins, where a contract's checks look for it
     "server/1.generate" = " 7, 8, 9"
+
+`start_s = 300` at its top: seconds that an instance may take from its start to ready.
 """
 
 import importlib
@@ -35,6 +37,7 @@ SAMPLES = "conformance.toml"
 class Samples(msgspec.Struct, forbid_unknown_fields=True):
     """`conformance.toml`."""
 
+    start_s: float = 0.0  # from an instance's start to ready, at most; 0 for the kit's own patience
     artifacts: dict[str, str] = {}  # name -> folder, relative to the plugin's
     settings: dict[str, Any] = {}
     requests: dict[str, dict[str, Any]] = {}  # "contract/major.method" -> request

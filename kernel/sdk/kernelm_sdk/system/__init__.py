@@ -6,6 +6,7 @@ Units: `cpu` in cores, `_mb` in 2**20 bytes, `_s` in seconds, `bytes` in bytes. 
 
 from kernelm_sdk.system.artifacts import (
     Artifact,
+    ArtifactErased,
     ArtifactFile,
     ArtifactList,
     ArtifactName,
@@ -16,9 +17,12 @@ from kernelm_sdk.system.artifacts import (
     OpenArtifact,
     PutArtifact,
     ReadGrant,
+    WriteGrant,
 )
 from kernelm_sdk.system.common import (
     Empty,
+    Environment,
+    Environments,
     Limits,
     Manifest,
     ProbeCall,
@@ -78,12 +82,15 @@ from kernelm_sdk.system.work import (
     Dispatch,
     Progress,
     Report,
+    Used,
+    UsedRow,
     Work,
 )
 
 __all__ = [
     "AllowUnsigned",
     "Artifact",
+    "ArtifactErased",
     "ArtifactFile",
     "ArtifactList",
     "ArtifactName",
@@ -100,6 +107,8 @@ __all__ = [
     "Empty",
     "EnrollRequest",
     "Enrolled",
+    "Environment",
+    "Environments",
     "ExitReport",
     "GrantArtifact",
     "Hello",
@@ -146,6 +155,9 @@ __all__ = [
     "SystemState",
     "TrustVerdict",
     "UnloadRequest",
+    "Used",
+    "UsedRow",
     "Welcome",
     "Work",
+    "WriteGrant",
 ]

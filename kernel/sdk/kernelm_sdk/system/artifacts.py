@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from kernelm_sdk.contract import Contract, unary
 from kernelm_sdk.events import Event
+from kernelm_sdk.system.common import Empty
 
 
 class ArtifactName(Struct, frozen=True):
@@ -56,6 +57,14 @@ class ReadGrant(Struct, frozen=True):
     token: str
     expires: int  # Unix seconds
 
+class WriteGrant(Struct, frozen=True):
+    """How another machine hands in one artifact over HTTP: `Authorization: Bearer <token>`, PUT `url`/<path> for each file, at last
+    POST `url`, which answers with the description in force (`Artifact`)."""
+
+    url: str
+    token: str
+    expires: int  # Unix seconds
+
 class ArtifactStored(Event, frozen=True):
     """A tree is in the store, synced to disk."""
 
@@ -64,10 +73,17 @@ class ArtifactStored(Event, frozen=True):
     kind: str
     bytes: int
 
+class ArtifactErased(Event, frozen=True):
+    """A tree is gone for good, and its key before it."""
+
+    TYPE: ClassVar[str] = "artifact.erased"
+    digest: str
+    by: str  # who asked for it
+
 class Artifacts(Contract, name="artifacts", major=1):
     """The content-addressed store: verified on read, written atomically, pickles refused."""
 
-    events = (ArtifactStored,)
+    events = (ArtifactStored, ArtifactErased)
     @unary
     async def put(self, request: PutArtifact, call: Any) -> Artifact:
         """Store a copy of a folder for good; what is there already is not written again. `disk_full` where there is no room."""
@@ -87,4 +103,12 @@ class Artifacts(Contract, name="artifacts", major=1):
     @unary
     async def grant(self, request: GrantArtifact, call: Any) -> ReadGrant:
         """A URL and a token with which another machine reads this one artifact for a while."""
+        ...
+    @unary
+    async def accept(self, request: Artifact, call: Any) -> WriteGrant:
+        """A URL and a token with which another machine hands in the tree that is described; `no_room` where it does not fit."""
+        ...
+    @unary
+    async def erase(self, request: ArtifactName, call: Any) -> Empty:
+        """Forget an artifact for good, whatever its kinds; where it was encrypted, its key goes first."""
         ...

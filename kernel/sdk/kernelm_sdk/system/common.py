@@ -10,7 +10,7 @@ class Empty(Struct, frozen=True):
     """Nothing to say: the request or reply of methods that need none."""
 
 
-class Resources(Struct, frozen=True, forbid_unknown_fields=True):
+class Resources(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """What a job or an instance asks for, or a node has."""
 
     cpu: float = 1.0  # cores
@@ -44,6 +44,20 @@ class ProbeCall(Struct, frozen=True, forbid_unknown_fields=True):
     of_model: bool = False  # asked of each deployment that the pool serves; where it serves none, nothing is asked
 
 
+class Environment(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a Python environment of the plugin's own has beside what its distribution requires anyway."""
+
+    extras: tuple[str, ...] = ()  # of its distribution
+    without: tuple[str, ...] = ()  # distributions that its requirements bring along and that don't work there: taken out again
+
+
+class Environments(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of the runtime `venv`, by what the instance was given."""
+
+    cpu: Environment = Environment()
+    gpu: Environment | None = None  # with `needs.gpus`; None for the same as without
+
+
 # domain.name of an event; not one that the system publishes, or whoever follows it would take a plugin's word for the system's
 PLUGIN_EVENT = re.compile(r"(?!(plugin|route|swap|key|job|run|artifact)\.|model\.(deployed|scaled)$)[a-z0-9-]+\.[a-z0-9-]+")
 
@@ -70,6 +84,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     restart: Restart = Restart()
     probe: ProbeCall | None = None
     command: tuple[str, ...] = ()  # of a plugin in another language: program and arguments, run in the plugin's folder
+    venv: Environments = Environments()
 
     def __post_init__(self) -> None:
         if wrong := [e for e in self.events if not PLUGIN_EVENT.fullmatch(e)]:

@@ -23,6 +23,7 @@ class Dispatch(Struct, frozen=True):
     rank: int = 0  # of this instance among `peers`
     peers: tuple[str, ...] = ()  # instances that work on it together, by rank; () for this one alone
     address: str = ""  # where rank 0 is met, for the others
+    trace: str = ""  # W3C `traceparent` of who submitted it
 
 class Progress(Struct, frozen=True):
     fraction: float = 0.0  # 0 to 1 within the job
@@ -42,9 +43,31 @@ class Report(Struct, frozen=True):
     fault: FaultBody | None = None
     address: str = ""  # of rank 0 of several: where the others meet it; they are given the job then
 
+class UsedRow(Struct, frozen=True):
+    """Calls of one model by one caller."""
+
+    model: str
+    caller: str = ""  # whose name the broker has checked; the job table knows the tenant of a key
+    tenant: str = ""  # for whom, where the caller is a door for others
+    calls: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+class Used(Struct, frozen=True):
+    """What was used since the report before. Reports of one life count from 1; one that is repeated counts once."""
+
+    life: str  # a random name of this start of the process
+    number: int
+    rows: tuple[UsedRow, ...]
+
 class Work(Contract, name="work", major=1):
     """Where the runner reports on a job; the job table implements it. Of the jobs themselves the kernel knows no more."""
     @unary
     async def report(self, request: Report, call: Any) -> Empty:
         """How a job gets on, its checkpoint, its result or its fault. `stale_epoch`: somebody else has it by now."""
+        ...
+    @unary
+    async def used(self, request: Used, call: Any) -> Empty:
+        """Who has used which model; answered when it is on record."""
         ...

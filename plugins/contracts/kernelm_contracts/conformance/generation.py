@@ -15,7 +15,7 @@ import msgspec
 from kernelm.testing.conformance.check import Case, Checks
 from kernelm.testing.conformance.results import Failed, Skipped
 from kernelm.testing.conformance.wire import Exchange
-from kernelm.testing.harness import until
+from kernelm.testing.harness import within
 from kernelm_contracts.server import GenerateFrame, GenerateRequest, Server, ServerInfo, Usage
 
 checks = Checks()
@@ -210,7 +210,7 @@ async def gone(case: Case) -> None:
         return await _in_flight(case) <= before
 
     try:
-        await until(quiet, patience)
+        await within(quiet, patience)
     except AssertionError:
         raise Failed(f"`probe` still counts {await _in_flight(case)} calls in flight after their callers had gone away") from None
 

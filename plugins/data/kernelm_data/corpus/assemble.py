@@ -13,9 +13,8 @@ from kernelm_contracts.data import DatasetCard, Manifest, PrivateCard, ShardFile
 from kernelm_data.corpus.books import ShardBook
 from kernelm_data.corpus.near import SPLITS, Outcome
 from kernelm_data.corpus.plan import FIRST, Plan
-from kernelm_data.corpus.report import card_page, report_page
+from kernelm_data.corpus.report import account_picture, card_page, report_page
 from kernelm_data.corpus.second import SECOND, SecondBook
-from kernelm_data.pictures import draw_account
 from kernelm_data.private import TYPES
 from kernelm_data.split import shares
 
@@ -60,8 +59,8 @@ def assemble(plan: Plan, parent: Path | None, work: Path, out: Path, count: int,
     manifest = Manifest(request.name, now, request.store.append_to, tuple(files), request, libraries)
     for name, value in (("dataset.json", card), ("manifest.json", manifest), ("labels.json", list(card.labels))):
         (out / name).write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-    draw_account(card, out / "account.png")
     steps = [*book.steps, outcome.exact, outcome.near]
+    (out / "account.svg").write_text(account_picture(steps), "utf-8")
     (out / "card.md").write_text(card_page(card, manifest), "utf-8")
     (out / "report.html").write_text(report_page(card, manifest, steps, total.token_lengths, book.lengths), "utf-8")
     return card
@@ -120,6 +119,6 @@ def _card(plan: Plan, parent: Path | None, book: ShardBook, outcome: Outcome, to
         private = PrivateCard(request.private.action, types, book.private_documents, book.private_affected, book.private_found,
                               dict(sorted(total.private_left.items())))  # fmt: skip
     return DatasetCard(request.name, tuple(labels), tuple(steps), splits, request.pack.length or request.tokenize.max_tokens,
-                       request.tokenize.tokenizer or ("tokenizer.json" if plan.tokenizer else ""),
+                       request.tokenize.tokenizer or ("tokenizer.json" if plan.tokens else ""),
                        {f"p{q}": float(np.floor(np.percentile(lengths, q))) for q in QUANTILES}, request.source, private, now,
                        request.store.append_to, book.bytes_in, book.sources, book.languages)  # fmt: skip

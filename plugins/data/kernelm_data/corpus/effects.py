@@ -2,11 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from kernelm_contracts.data import DatasetCard, Input, PrepareRequest
+from kernelm_data.corpus import pool
+from kernelm_data.corpus.remote import check_address
 from kernelm_data.settings import DataSettings
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
@@ -15,9 +18,10 @@ CHAIN = "chain.json"  # in a checkpoint: the digests of the checkpoints before i
 
 
 def inputs_of(request: PrepareRequest, settings: DataSettings) -> tuple[Input, ...]:
-    """`source` and `inputs`. ClientFault `not_granted` for a URL outside what the settings grant."""
+    """`source` and `inputs`. ClientFault `credentials_in_url`, and `not_granted` for a URL outside what the settings grant."""
     given = (Input(artifact=request.source, format=request.format),) if request.source else ()
     for i, each in enumerate(request.inputs):
+        check_address(each.url, f"inputs[{i}].url")  # first: no other message may show it
         if each.url and not granted(each.url, settings.urls):
             raise ClientFault(
                 "not_granted",
@@ -76,6 +80,8 @@ def _link(source: str, target: str) -> None:
 
 async def prepare_corpus(request: PrepareRequest, job: Job, settings: DataSettings, key: bytes, out: Path) -> DatasetCard:
     """Prepare a corpus into `out`; goes on from the job's checkpoint if it has one."""
+    if request.engine == "local":
+        pool.get_ready()  # while this process imports the pipeline
     from kernelm_data.corpus.pipeline import Sources, prepare
 
     inputs = inputs_of(request, settings)
@@ -88,8 +94,7 @@ async def prepare_corpus(request: PrepareRequest, job: Job, settings: DataSettin
         tuple([await artifact(digest) for digest in request.test_sets]),
         await artifact(request.store.append_to) if request.store.append_to else None,
     )
-    work = job.scratch / "work"
-    work.mkdir(exist_ok=True)
+    work, engine = await job.in_thread(engine_of, request, job, settings, [folder for folder in sources.folders if folder])
     chain = await chain_of(job)
     for digest in chain:
         await job.in_thread(_copy, await artifact(digest), work)
@@ -99,8 +104,29 @@ async def prepare_corpus(request: PrepareRequest, job: Job, settings: DataSettin
         job.progress(fraction, phase, message, mb_per_s=rate)
 
     def run() -> DatasetCard:
-        return prepare(sources, request, work, out, say, workers=job.threads or os.cpu_count() or 1, key=key, save=checkpoints.save)
+        return prepare(sources, request, work, out, say, key=key, save=checkpoints.save, engine=engine)
 
-    card = await job.in_thread(run)
-    await job.in_thread(shutil.rmtree, work)
-    return card
+    try:
+        return await job.in_thread(run)
+    finally:
+        await job.in_thread(shutil.rmtree, work)
+
+
+def engine_of(request: PrepareRequest, job: Job, settings: DataSettings, inputs: Sequence[Path]) -> tuple[Path, pool.Engine]:
+    """The work folder, and what runs the shards. ClientFault `no_ray`, or `not_shared` if not all nodes see the folders."""
+    if request.engine != "ray":
+        work = job.scratch / "work"
+        work.mkdir(exist_ok=True)
+        return work, pool.Crew(job.threads or os.cpu_count() or 1)
+    if not settings.ray_address or not settings.shared_folder:
+        remedy = "set ray_address and shared_folder in the settings of the data plugin"
+        raise ClientFault("no_ray", 'engine: "ray" is not set up', remedy)
+    from kernelm_data.corpus.cluster import Cluster
+
+    work = Path(settings.shared_folder) / f"{job.id}-{job.epoch}"
+    for old in Path(settings.shared_folder).glob(f"{job.id}-*"):  # of an attempt that was killed; its checkpoints are elsewhere
+        shutil.rmtree(old)
+    work.mkdir(parents=True)
+    cluster = Cluster(settings.ray_address)
+    cluster.check([work, *inputs])
+    return work, cluster

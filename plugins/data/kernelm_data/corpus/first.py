@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from kernelm_contracts.data import Private
 from kernelm_data.corpus import kernels
+from kernelm_data.corpus.arrays import binaries, fixed, strings
 from kernelm_data.corpus.books import EXCERPT, Example, Lost, ShardBook, StepBook
 from kernelm_data.corpus.cleaning import as_steps, cleaner
 from kernelm_data.corpus.formats import Record, records
 from kernelm_data.corpus.inputs import Piece
 from kernelm_data.corpus.language import Languages, wanted
 from kernelm_data.corpus.markup import html_text, pdf_text
-from kernelm_data.corpus.plan import FIRST, TESTS, Plan, installed, load, step_names
+from kernelm_data.corpus.plan import FIRST, TESTS, Plan, decoded, installed, step_names
 from kernelm_data.corpus.quality import Measured, Rule, rules
 from kernelm_data.corpus.sketches import Sketcher, text_hash
 from kernelm_data.corpus.streams import Broken
@@ -60,16 +61,12 @@ class Batch:
 
     def record_batch(self) -> pa.RecordBatch:
         """The documents as Arrow; texts are valid UTF-8 already."""
-        offsets = np.zeros(len(self.texts) + 1, np.int64)
-        np.cumsum([len(text) for text in self.texts], out=offsets[1:])
-        texts = pa.Array.from_buffers(pa.large_string(), len(self.texts),
-                                      [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(self.texts))])  # fmt: skip
         columns = [
-            pa.array(self.ids, pa.string()),
-            texts,
-            *(pa.array(c, pa.string()) for c in (self.sources, self.labels, self.languages)),
-            pa.array(self.hashes, pa.binary(16)),
-            pa.array(self.signatures, pa.large_binary()),
+            strings(self.ids),
+            binaries(self.texts, pa.large_string()),
+            *(strings(column) for column in (self.sources, self.labels, self.languages)),
+            fixed(self.hashes, 16),
+            binaries(self.signatures, pa.large_binary()),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
@@ -95,9 +92,9 @@ class Steps:
 
 
 @lru_cache(1)
-def steps_of(path: str) -> Steps:
-    """The tools of this process for the plan in a file."""
-    return Steps(load(path))
+def steps_of(plan: bytes) -> Steps:
+    """The tools of this process for the plan in a file's bytes."""
+    return Steps(decoded(plan))
 
 
 class Shard:
@@ -307,10 +304,11 @@ def first(path: str, number: int, pieces: Sequence[Piece], poison: Sequence[str]
     """Bring the shard `number` through the first steps of the plan in the file `path`; bytes read. `poison`: ids of documents that
     killed a process before; they are quarantined."""
     began = time.monotonic()
-    plan = load(path)
+    steps = steps_of(Path(path).read_bytes())
+    plan = steps.plan
     folder = Path(plan.work) / FIRST / f"{number:05}"
     folder.mkdir(parents=True, exist_ok=True)
-    shard = Shard(steps_of(path))
+    shard = Shard(steps)
     with pa.OSFile(str(folder / "docs.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for record in _watched(folder, pieces, plan, frozenset(poison)):
             shard.take(record)

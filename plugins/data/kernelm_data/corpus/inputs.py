@@ -1,16 +1,17 @@
 """What there is to read: files of artifacts and URLs, cut into pieces, dealt out to shards that one worker takes each."""
 
 import fnmatch
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-import fsspec
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kernelm_contracts.data import Input, Store
+from kernelm_data.corpus.remote import Found, Remote, listed
 from kernelm_data.corpus.streams import PACKINGS
 from kernelm_sdk.errors import ClientFault
 
@@ -33,6 +34,7 @@ BY_SUFFIX = {
     ".txz": "tar",
 }
 MAGIC = ((b"%PDF-", "pdf"), (b"PAR1", "parquet"), (b"PK\x03\x04", "zip"), (b"WARC/1", "warc"))
+SHARDS, MIN_SHARD = 16, 4_000_000
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -47,6 +49,7 @@ class Piece(msgspec.Struct, frozen=True):
     start: int = 0  # jsonl: first byte; parquet: first row group
     stop: int = -1  # the one after the last; -1 for all
     skipped: str = ""  # why it is not read at all
+    stamp: str = ""  # of the state it was found in, as its file system tells it; an artifact never changes
 
 
 def of_name(name: str) -> tuple[str, str]:
@@ -67,11 +70,11 @@ def of_bytes(head: bytes) -> str:
     return "html" if start.startswith((b"<!doctype html", b"<html", b"<?xml")) and b"<html" in head[:4096].lower() else "text"
 
 
-def local(folder: Path) -> Iterator[tuple[str, Path, int, str]]:
-    """Path within, path, bytes, and why it is not read, of each file; sorted. Symbolic links out of the folder are not followed."""
+def local(folder: Path) -> Iterator[Found]:
+    """What there is in a folder; sorted. Symbolic links out of the folder are not followed."""
     root = folder.resolve()
     if root.is_file():
-        yield root.name, root, root.stat().st_size, ""
+        yield Found(root.name, str(root), root.stat().st_size, "", str(root.stat().st_mtime_ns))
         return
     found = []
     for where, folders, files in os.walk(root):
@@ -80,60 +83,56 @@ def local(folder: Path) -> Iterator[tuple[str, Path, int, str]]:
             path = Path(where) / name
             inside = os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                found.append((inside, path, 0, "symbolic link out of the folder"))
+                found.append(Found(inside, str(path), 0, "symbolic link out of the folder"))
             elif path.is_dir():
-                found.append((inside, path, 0, "symbolic link to a folder"))
+                found.append(Found(inside, str(path), 0, "symbolic link to a folder"))
             elif not path.is_file():  # reading a FIFO would never end
-                found.append((inside, path, 0, "not a regular file"))
+                found.append(Found(inside, str(path), 0, "not a regular file"))
             else:
-                found.append((inside, path, path.stat().st_size, ""))
-    yield from sorted(found, key=lambda entry: entry[0])
-
-
-def remote(url: str) -> Iterator[tuple[str, str, int, str]]:
-    """The same of a URL."""
-    try:
-        fs, root = fsspec.core.url_to_fs(url)
-        found = fs.find(root, detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ClientFault("unreadable", f"inputs: {url}: {error}", "check the address, and what fsspec needs for it") from None
-    if not found:
-        raise ClientFault("empty_source", f"inputs: {url}: no files", "check the address")
-    for path, entry in sorted(found.items()):
-        name = PurePosixPath(path).name if path == root else path.removeprefix(root).lstrip("/")
-        yield name, fs.unstrip_protocol(path), int(entry.get("size") or 0), ""
+                state = path.stat()
+                found.append(Found(inside, str(path), state.st_size, "", str(state.st_mtime_ns)))
+    yield from sorted(found)
 
 
 def pieces(inputs: Sequence[Input], folders: Sequence[Path | None], store: Store) -> list[Piece]:
     """Everything that is to be read, in a fixed order. `folders`: of each input that is an artifact. ClientFault if there is
     nothing."""
-    result: list[Piece] = []
-    part = int(store.shard_mb * 1e6)
+    found: list[Piece] = []
     for number, (given, folder) in enumerate(zip(inputs, folders, strict=True)):
         path = folder or (None if "://" in given.url else Path(given.url))
-        entries = local(path) if path is not None else remote(given.url)
+        entries = local(path) if path is not None else listed(given.url)
         if path is not None and not path.exists():
             raise ClientFault("unreadable", f"inputs[{number}].url: {given.url}: there is no such file or folder", "check the path")
-        for name, where, size, skipped in entries:
+        for name, where, size, skipped, stamp in entries:
             if given.include and not any(fnmatch.fnmatch(name, pattern) for pattern in given.include):
                 continue
             format, packing = of_name(name)
             if given.format != "auto":
                 format = given.format
             elif not format and not skipped and not packing:
-                format = of_bytes(_head(str(where)))
-            piece = Piece(name, str(where), format or "text", packing, size, number, skipped=skipped)
-            result += _parts(piece, part) if size > 1.5 * part and not packing and not skipped else [piece]
-    if not any(not piece.skipped for piece in result):
+                format = of_bytes(_head(where))
+            stamp = "" if folder else stamp  # an artifact may be unpacked again, with other times
+            found.append(Piece(name, where, format or "text", packing, size, number, skipped=skipped, stamp=stamp))
+    if not any(not piece.skipped for piece in found):
         raise ClientFault(
             "empty_source", "the inputs hold no file that could be read", "check source, inputs and their include patterns"
         )
-    return result
+    part = shard_size(found, store)
+    return [each for piece in found
+            for each in (_parts(piece, part) if piece.size > 1.5 * part and not piece.packing and not piece.skipped else [piece])
+            ]  # fmt: skip
+
+
+def shard_size(found: Sequence[Piece], store: Store) -> int:
+    """Bytes of a shard: `shard_mb`, or less so that a small input still makes SHARDS of at least MIN_SHARD bytes. It must not hang
+    on the number of workers: other shards are other files."""
+    total = sum(piece.size for piece in found)
+    return int(min(store.shard_mb * 1e6, max(MIN_SHARD, total / SHARDS)))
 
 
 def _head(path: str) -> bytes:
     try:
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:  # noqa: PTH123
+        with io.BufferedReader(Remote(path)) if "://" in path else open(path, "rb") as file:  # noqa: PTH123
             return bytes(file.read(4096))
     except OSError:
         return b""  # the reader says so
@@ -158,13 +157,13 @@ def _parts(piece: Piece, part: int) -> list[Piece]:
 
 
 def shards(found: Sequence[Piece], store: Store) -> list[list[Piece]]:
-    """The pieces, dealt out in order, so that each shard has about `shard_mb` MB."""
+    """The pieces, dealt out in order, so that each shard has about `shard_size` bytes."""
     result: list[list[Piece]] = [[]]
-    room = store.shard_mb * 1e6
+    size = room = shard_size(found, store)
     for piece in found:
         if result[-1] and piece.size > room:
             result.append([])
-            room = store.shard_mb * 1e6
+            room = size
         result[-1].append(piece)
         room -= piece.size
     return result

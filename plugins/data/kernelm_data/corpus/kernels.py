@@ -8,13 +8,16 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernelm_data.corpus.eight import HIGH, get, leading, lower, put, tidied
+
 Bytes = npt.NDArray[np.uint8]
+Bounds = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 PRIME = np.uint64(0x9E3779B97F4A7C15)
 SHIFT = np.uint64(29)
 MIX = np.uint64(0xBF58476D1CE4E5B9)
-ZERO = np.uint64(0)
+ZERO, ONE = np.uint64(0), np.uint64(1)
 
 # classes of characters
 LETTER, BLANK, BREAK, CONTROL, MARK, ALONE, CARRIAGE = 0, 1, 2, 3, 4, 5, 6
@@ -34,6 +37,9 @@ def _classes() -> Bytes:
 
 
 ASCII = _classes()
+PLAIN = np.zeros(256, np.uint8)  # by byte: 1 for what is written as it stands, 2 for what is so between two of those
+PLAIN[:128] = (ASCII == LETTER) | (ASCII == MARK)
+PLAIN[[0x20, 0x0A]] = 2
 
 
 @njit(cache=True, inline="always")
@@ -92,14 +98,28 @@ def wide_class(code: int) -> int:
 
 
 @njit(cache=True, nogil=True)
+def written(text: Bytes, i: int, out: Bytes, n: int) -> int:
+    """Copy the bytes of `text` from `i` on, which stand as they are, to `out` from `n` on; how many they were."""
+    begin, run = i, 8
+    while run == 8 and i + 8 <= len(text):
+        chunk = get(text, i)
+        put(out, n, chunk)  # what is behind the run is written over
+        run = leading(~tidied(chunk) & HIGH)
+        n, i = n + run, i + run
+    while i + 1 < len(text) and (PLAIN[text[i]] | (PLAIN[text[i]] >> 1 & PLAIN[text[i + 1]])) & 1:
+        out[n] = text[i]
+        n, i = n + 1, i + 1
+    return i - begin
+
+
+@njit(cache=True, nogil=True)
 def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collapse: bool) -> tuple[int, int, bool]:
-    """Write `text` to `out` without control characters, with one blank between words, one newline between lines and one
-    empty line between paragraphs: `kernelm_data.clean` in one pass. The number of bytes, of characters dropped, and whether
-    whitespace changed."""
+    """Write `text` to `out`, which has room for 8 bytes more, without control characters, with one blank between words, one
+    newline between lines and one empty line between paragraphs: `kernelm_data.clean` in one pass. The number of bytes, of
+    characters dropped, and whether whitespace changed."""
     i, n, dropped = 0, 0, 0
     breaks, blanks, carriage = 0, False, False
-    whitespace_in, whitespace_out = 0, 0  # a change keeps neither the number of bytes nor their sum
-    sum_in, sum_out = 0, 0
+    whitespace_in, whitespace_out, sum_in, sum_out = 0, 0, 0, 0  # a change keeps neither the number of bytes nor their sum
     size_of = len(text)
     while i < size_of:
         lead = text[i]
@@ -121,6 +141,10 @@ def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collap
             whitespace_in += size
             if kind == BLANK:
                 blanks = True
+                while lead == 0x20 and i + 1 < size_of and text[i + 1] == 0x20:  # indentation
+                    sum_in += 0x20
+                    whitespace_in += 1
+                    i += 1
             elif not (carriage and lead == 0x0A):
                 breaks += 1
             carriage = kind == CARRIAGE
@@ -141,19 +165,21 @@ def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collap
         breaks, blanks = 0, False
         if size == 1:
             out[n] = lead
+            plain = written(text, i + 1, out, n + 1) + 1
+            n, i = n + plain, i + plain
         else:
             for k in range(size):
                 out[n + k] = text[i + k]
-        n += size
-        i += size
+            n += size
+            i += size
     return n, dropped, whitespace_in != whitespace_out or sum_in != sum_out
 
 
 @njit(cache=True, nogil=True)
-def adjacent(text: Bytes, special: Bytes) -> bool:
-    """Whether two characters stand side by side that `special`, by code point, marks with 1, or there is one that it marks with
-    2."""
-    i, before = 0, 0
+def adjacent(text: Bytes, special: Bytes, start: int) -> int:
+    """Where, from `start` on, two characters stand side by side that `special`, by code point, marks with 1, or one that it marks
+    with 2: the position of the last of them, or -1."""
+    i, before = start, 0
     while i < len(text):
         if text[i] < 0x80:
             i += 1
@@ -163,71 +189,116 @@ def adjacent(text: Bytes, special: Bytes) -> bool:
         code = code_point(text, i, size)
         mark = special[code] if code < len(special) else 0
         if mark == 2 or (mark and before):
-            return True
+            return i
         before = mark
         i += size
-    return False
+    return -1
 
 
 @njit(cache=True, nogil=True)
-def shingles(text: Bytes, ascii_class: Bytes, gram: int, out: Hashes) -> int:
-    """The hashes of the word n-grams of a text in lower case, in order and with repetitions; fewer words than `gram` give one.
-    `out` has room for len(text) + 1 values. Words as in `kernelm_data.duplicates`."""
-    ring = np.zeros(16, np.uint64)
-    words, n, i = 0, 0, 0
-    h = ZERO
-    inside = False
-    end = len(text)
-    while i <= end:
-        kind, size = MARK, 1
-        if i < end:
-            lead = text[i]
-            if lead < 0x80:
-                kind = ascii_class[lead]
-            else:
-                size = width(lead)
-                kind = wide_class(code_point(text, i, size))
-        if kind == LETTER:
-            for k in range(size):
-                byte = text[i + k]
-                if 0x41 <= byte <= 0x5A:
-                    byte |= 0x20
-                h = (h ^ np.uint64(byte)) * PRIME
-                h ^= h >> SHIFT
-            inside = True
+def unsure(text: Bytes, sure: Bytes, start: int) -> int:
+    """Where, from `start` on, a character stands that is none of those, by 16 code points each, that `sure` marks; or -1."""
+    i, end = start, len(text)
+    while i < end:
+        if i + 8 <= end and get(text, i) & HIGH == ZERO:
+            i += 8
+        elif text[i] < 0x80:
+            i += 1
+        else:
+            size = width(text[i])
+            block = code_point(text, i, size) >> 4
+            if block >= len(sure) or not sure[block]:
+                return i
             i += size
-            continue
-        alone = kind == ALONE
-        if inside or alone:
-            rounds = 2 if inside and alone else 1
-            for r in range(rounds):
-                if alone and r == rounds - 1:
-                    h = ZERO
-                    for k in range(size):
-                        h = (h ^ np.uint64(text[i + k])) * PRIME
-                        h ^= h >> SHIFT
-                ring[words & 15] = h
-                words += 1
-                h = ZERO
-                if words >= gram:
-                    g = ZERO
-                    for k in range(words - gram, words):
-                        g = (g ^ ring[k & 15]) * PRIME
-                        g ^= g >> SHIFT
-                    out[n] = g * MIX ^ (g >> SHIFT)
-                    n += 1
-            inside = False
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _wide_bounds(text: Bytes, ascii_class: Bytes, bounds: Bounds) -> int:
+    n, i, end = 0, 0, len(text)
+    inside = False
+    while i < end:
+        lead = text[i]
+        size, kind = 1, ascii_class[lead & 0x7F]
+        if lead >= 0x80:
+            size = width(lead)
+            kind = wide_class(code_point(text, i, size))
+        letter = kind == LETTER
+        if kind == ALONE:
+            bounds[n] = i
+            n += inside
+            bounds[n], bounds[n + 1] = i, i + size
+            n += 2
+        else:
+            bounds[n] = i
+            n += letter != inside
+        inside = letter
         i += size
+    bounds[n] = end
+    n += inside
+    return n >> 1
+
+
+@njit(cache=True, nogil=True)
+def word_bounds(text: Bytes, ascii_class: Bytes, letter: Bytes, bounds: Bounds) -> int:
+    """Where words begin and end, by turns; how many words there are. Words as in `kernelm_data.duplicates`. `letter` has room for
+    len(text) values, `bounds` for 2 * len(text) + 2. Without a branch for a text in ASCII."""
+    wide = np.uint8(0)
+    for byte in text:
+        wide |= byte
+    if wide >= 0x80:
+        return _wide_bounds(text, ascii_class, bounds)
+    for i in range(len(text)):
+        b = text[i]
+        letter[i] = (((b | 0x20) - 0x61) & 0xFF < 26) | ((b - 0x30) & 0xFF < 10) | (b == 0x5F)
+    n, before = 0, 0
+    for i in range(len(text)):
+        bounds[n] = i
+        n += letter[i] ^ before
+        before = letter[i]
+    bounds[n] = len(text)
+    return (n + before) >> 1
+
+
+@njit(cache=True, nogil=True)
+def shingles(text: Bytes, bounds: Bounds, words: int, gram: int, out: Hashes) -> int:
+    """The hashes of the n-grams of words in lower case, in order and with repetitions; fewer words than `gram` give one. `out` has
+    room for len(text) + 1 values."""
+    ring = np.zeros(32, np.uint64)  # the last words
+    drop = PRIME  # what the word that leaves the n-gram has been multiplied by
+    for _ in range(gram):
+        drop *= PRIME
+    g, n = ZERO, 0
+    last = len(text) - 8
+    for w in range(words):
+        i, end = bounds[2 * w], bounds[2 * w + 1]
+        h = ZERO
+        while i < end:
+            chunk = ZERO
+            if i <= last:
+                chunk = get(text, i)
+            else:
+                for k in range(len(text) - i):
+                    chunk |= np.uint64(text[i + k]) << np.uint64(8 * k)
+            if end - i < 8:
+                chunk &= (ONE << np.uint64(8 * (end - i))) - ONE
+            h = (h ^ lower(chunk)) * PRIME
+            h ^= h >> SHIFT
+            i += 8
+        h = (h ^ h >> SHIFT) * MIX
+        g = (g + h) * PRIME - ring[w - gram & 31] * drop
+        ring[w & 31] = h
+        if w >= gram - 1:
+            x = (g ^ g >> SHIFT) * MIX
+            out[n] = x ^ x >> SHIFT
+            n += 1
     if n == 0:
-        g = ZERO
-        for k in range(words):
-            g = (g ^ ring[k & 15]) * PRIME
-            g ^= g >> SHIFT
         if words == 0:
             for byte in text:
                 g = (g ^ np.uint64(byte)) * PRIME
                 g ^= g >> SHIFT
-        out[0] = g * MIX ^ (g >> SHIFT)
+        x = (g ^ g >> SHIFT) * MIX
+        out[0] = x ^ x >> SHIFT
         n = 1
     return n
 
@@ -245,14 +316,24 @@ def sketch(grams: Hashes, a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32], 
 
 
 @njit(cache=True, nogil=True)
-def band_keys(signature: npt.NDArray[np.uint32], rows: int, out: Hashes) -> None:
-    """A key for each band of `rows` values."""
-    for band in range(len(out)):
+def band_keys(signatures: npt.NDArray[np.uint32], band: int, rows: int, out: Hashes) -> None:
+    """Of each signature the key of a band of `rows` values."""
+    for i in range(len(signatures)):
         g = np.uint64(band + 1) * MIX
-        for k in range(rows):
-            g = (g ^ np.uint64(signature[band * rows + k])) * PRIME
+        for k in range(band * rows, band * rows + rows):
+            g = (g ^ np.uint64(signatures[i, k])) * PRIME
             g ^= g >> SHIFT
-        out[band] = g
+        out[i] = g
+
+
+@njit(cache=True, nogil=True)
+def distinct(ordered: Hashes) -> int:
+    """Bring the distinct values of a sorted array to its front; how many there are."""
+    n = 0
+    for i in range(len(ordered)):
+        ordered[n] = ordered[i]
+        n += i + 1 == len(ordered) or ordered[i] != ordered[i + 1]
+    return n
 
 
 @njit(cache=True, nogil=True)

@@ -16,15 +16,19 @@ import xxhash
 from kernelm_contracts.data import Deduplicate, Split
 from kernelm_data.corpus import kernels
 from kernelm_data.corpus.books import Lost, StepBook
-from kernelm_data.corpus.sketches import Shape, Sketcher, keys
+from kernelm_data.corpus.sketches import Shape, Sketcher, band_keys
 from kernelm_data.corpus.store import Documents
 from kernelm_data.split import shares
 
 DROPPED = 255
 SPLITS = ("train", "validation", "test")
 MARGIN = 0.2  # an estimate of 128 permutations that is so far below the threshold is 5 standard deviations off
-MOST = 64  # kept documents with the same band that are compared
+MOST = 64  # candidates, those first whose estimate is highest, whose exact similarity is computed
+HOLDERS = 8192  # kept documents of one band that are candidates at all: beyond, a band tells nothing
 CACHE = 256_000_000  # bytes of shingles that are kept for comparisons
+
+
+Signatures = Sequence[npt.NDArray[np.uint32]]  # documents x permutations, one after the other
 
 
 class Shingles:
@@ -60,13 +64,13 @@ def exact_roots(hashes: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
     return first[inverse.ravel()].astype(np.int64)
 
 
-def shared_bands(signatures: npt.NDArray[np.uint32], members: npt.NDArray[np.int64], form: Shape) -> dict[int, list[int]]:
-    """For each document that has a band in common with another: the numbers of those bands."""
-    all_keys = keys(signatures[members], form)
+def shared_bands(parts: Signatures, members: npt.NDArray[np.int64], form: Shape) -> dict[int, list[int]]:
+    """For each of the members that has a band in common with another: the numbers of those bands. One band at a time, so that
+    the signatures need not be in memory."""
     result: dict[int, list[int]] = {}
     number = 0
     for band in range(form.bands):
-        _, inverse, counts = np.unique(all_keys[:, band], return_inverse=True, return_counts=True)
+        _, inverse, counts = np.unique(band_keys(parts, band, form)[members], return_inverse=True, return_counts=True)
         many = np.flatnonzero(counts[inverse] > 1)
         for position, group in zip(many.tolist(), inverse[many].tolist(), strict=True):
             result.setdefault(position, []).append(number + group)
@@ -74,31 +78,45 @@ def shared_bands(signatures: npt.NDArray[np.uint32], members: npt.NDArray[np.int
     return {int(members[position]): groups for position, groups in sorted(result.items())}
 
 
-def near_roots(signatures: npt.NDArray[np.uint32], members: npt.NDArray[np.int64], settings: Deduplicate, form: Shape,
+def gathered(parts: Signatures, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+    """The signatures of some documents, whose numbers rise."""
+    ends = np.cumsum([len(part) for part in parts])
+    cuts = np.searchsorted(documents, ends)
+    found = [part[documents[low:high] - (end - len(part))]
+             for part, end, low, high in zip(parts, ends, [0, *cuts[:-1]], cuts, strict=True)]  # fmt: skip
+    return np.concatenate(found)
+
+
+def near_roots(parts: Signatures, members: npt.NDArray[np.int64], settings: Deduplicate, form: Shape,
                shingles: Shingles, at: Callable[[int, int], None]) -> dict[int, tuple[int, float]]:  # fmt: skip
     """Document -> the kept one it is nearest to, and their similarity. `at`: is told how many of how many are through."""
-    bands = shared_bands(signatures, members, form)
-    kept: dict[int, list[int]] = {}
+    bands = shared_bands(parts, members, form)
+    if not bands:
+        return {}
+    documents = np.fromiter(bands, np.int64, len(bands))
+    signatures = gathered(parts, documents)
+    kept: dict[int, list[int]] = {}  # band -> positions in `documents`
     near: dict[int, tuple[int, float]] = {}
     least = settings.jaccard - MARGIN
-    for done, (document, groups) in enumerate(bands.items()):
-        if done % 1024 == 0:
-            at(done, len(bands))
+    for position, (document, groups) in enumerate(bands.items()):
+        if position % 1024 == 0:
+            at(position, len(bands))
         candidates = np.array(sorted({other for group in groups for other in kept.get(group, ())}), np.int64)
         best: tuple[int, float] | None = None
         if candidates.size:
-            alike = (signatures[candidates] == signatures[document]).mean(axis=1)
-            for other in candidates[alike >= least].tolist():
-                similarity = kernels.jaccard(shingles[other], shingles[document])
+            alike = (signatures[candidates] == signatures[position]).mean(axis=1)
+            order = np.argsort(-alike, kind="stable")[:MOST]
+            for other in np.sort(candidates[order[alike[order] >= least]]).tolist():
+                similarity = kernels.jaccard(shingles[int(documents[other])], shingles[document])
                 if similarity >= settings.jaccard and (best is None or similarity > best[1]):
-                    best = (other, similarity)
+                    best = (int(documents[other]), similarity)
         if best is not None:
             near[document] = best
         if best is None or not settings.near:
             for group in groups:
                 holders = kept.setdefault(group, [])
-                if len(holders) < MOST:
-                    holders.append(document)
+                if len(holders) < HOLDERS:
+                    holders.append(position)
     at(len(bands), len(bands))
     return near
 
@@ -139,9 +157,9 @@ def deduplicate(shards: Sequence[Path], others: int, settings: Deduplicate, spli
 
     if settings.near or not settings.exact or split.validation + split.test > 0:
         members = np.flatnonzero(stays & (root == np.arange(total)))
-        signatures = np.concatenate([file.signatures(len_of(form, settings)) for file in files])
+        parts = [part for file in files for part in file.signatures(len_of(form, settings))]
         shingles = Shingles(text, settings.permutations)
-        for document, (other, similarity) in near_roots(signatures, members, settings, form, shingles, at).items():
+        for document, (other, similarity) in near_roots(parts, members, settings, form, shingles, at).items():
             root[document] = root[other]
             if document >= old and (settings.near or other < old):
                 stays[document] = False
@@ -149,13 +167,11 @@ def deduplicate(shards: Sequence[Path], others: int, settings: Deduplicate, spli
                 near.drop(why)
                 lost.add(id_of(document), near.name, why, kept=id_of(other), jaccard=similarity)
     near.documents_out = int(stays[old:].sum())
-    assigned = np.full(total, DROPPED, np.uint8)
-    ids = [file.value for file in files]
-    for document in np.flatnonzero(stays[old:]).tolist():
-        shard, row = place(int(root[document + old]))
-        assigned[document + old] = split_of(str(ids[shard](row, "id").as_py()), split)
-    parts = [assigned[starts[i] : starts[i + 1]] for i in range(others, len(files))]
-    return Outcome(parts, exact, near, lost)
+    assigned = np.where(stays, np.uint8(0), np.uint8(DROPPED))
+    if len(shares(split)) > 1:
+        of = np.fromiter((split_of(id, split) for file in files for id in file.ids()), np.uint8, total)
+        assigned[stays] = of[root[stays]]
+    return Outcome([assigned[starts[i] : starts[i + 1]] for i in range(others, len(files))], exact, near, lost)
 
 
 def len_of(form: Shape, settings: Deduplicate) -> int:

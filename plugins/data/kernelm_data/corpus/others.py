@@ -5,24 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from kernelm_contracts.splits import SPLITS, batches, files
 from kernelm_data.corpus.first import SCHEMA, Batch
 from kernelm_data.corpus.kernels import Hashes
 from kernelm_data.corpus.sketches import Sketcher, gram_table, text_hash
-from kernelm_data.corpus.store import parquet_files
 from kernelm_sdk.errors import ClientFault
 
 ROWS = 512  # read at a time
 
 
-def texts(folder: Path, splits: Sequence[str] = ("train", "validation", "test")) -> Iterator[tuple[str, bytes]]:
+def texts(folder: Path, splits: Sequence[str] = SPLITS) -> Iterator[tuple[str, bytes]]:
     """Id and text of the documents of a dataset. ClientFault `not_a_dataset` if it has none."""
-    files = parquet_files(folder, splits)
-    if not files:
+    if not any(files(folder, split) for split in splits):
         raise ClientFault("not_a_dataset", f"{folder.name}: no {', '.join(splits)} in Parquet", "give the digest of a dataset")
-    for path in files:
-        for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=["id", "text"]):
+    for split in splits:
+        for batch in batches(folder, split, ("id", "text"), rows=ROWS):
             for id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield id, text.encode()
 
@@ -53,7 +51,7 @@ def test_table(folders: Sequence[Path], words: int) -> Hashes:
     sketcher = Sketcher(128)
     found = []
     for folder in folders:
-        splits = ("test",) if parquet_files(folder, ("test",)) else ("train", "validation")
+        splits = ("test",) if files(folder, "test") else ("train", "validation")
         for _, text in texts(folder, splits):
             grams = sketcher.grams(np.frombuffer(text, np.uint8), words)
             if len(grams) > 1 or len(text.split()) >= words:

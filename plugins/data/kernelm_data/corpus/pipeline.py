@@ -9,9 +9,11 @@ in the dataset tells the time: the same inputs, request and library versions giv
 """
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -28,7 +30,8 @@ from kernelm_data.corpus.others import sketch_dataset, test_table
 from kernelm_data.corpus.plan import FIRST, KEEP, TESTS, Plan, check_request, step_names
 from kernelm_data.corpus.second import SECOND, second
 from kernelm_data.corpus.store import Documents
-from kernelm_data.corpus.tokenizing import load, same_ids, train
+from kernelm_data.corpus.tokenizing import examine, load, separator
+from kernelm_data.corpus.training import train
 from kernelm_sdk.errors import ClientFault
 
 Say = Callable[[float, str, str, float], None]  # fraction of the job, phase, message, MB/s
@@ -82,17 +85,28 @@ class Saver:
 
 
 def prepare(sources: Sources, request: PrepareRequest, work: Path, out: Path, say: Say, *, workers: int = 0, key: bytes = b"",
-            save: Callable[[list[str]], None] | None = None) -> DatasetCard:  # fmt: skip
+            save: Callable[[list[str]], None] | None = None, engine: pool.Engine | None = None) -> DatasetCard:  # fmt: skip
     """Read the inputs, write the dataset into the empty folder `out`, and return its card.
 
-    `work`: a folder for what lies between; shards that are complete in it are not done again. `workers`: processes, 0 for none
-    but this one. `say` is called often, and may raise to stop. `save` is told the folders in `work` that are complete since it
-    was told last.
+    `work`: a folder for what lies between; shards that are complete in it are not done again. `engine` runs the shards; without one
+    `workers` processes do, 0 for none but this one. `say` is called often, and may raise to stop. `save` is told the folders in
+    `work` that are complete since it was told last.
     """
     check_request(request)
+    request = msgspec.structs.replace(request, engine="local")  # what comes out hangs on no engine, and so does not name it
+    engine = engine or (pool.Crew(workers) if workers else pool.Here())
+    try:
+        with pool.rare_collections():
+            return _prepare(sources, request, work, out, say, engine, key, save)
+    finally:
+        engine.stop()
+
+
+def _prepare(sources: Sources, request: PrepareRequest, work: Path, out: Path, say: Say, engine: pool.Engine, key: bytes,
+             save: Callable[[list[str]], None] | None) -> DatasetCard:  # fmt: skip
     say(0.0, "read", "looking at the inputs", 0.0)
     found = shards(pieces(sources.inputs, sources.folders, request.store), request.store)
-    plan = _plan(sources, request, work, out)
+    plan = _plan(sources, request, work, out, key)
     _same_inputs(work, found, request)
     path = str(work / "plan-first.msgpack")  # read once a process
     saver = Saver(save)
@@ -102,7 +116,7 @@ def prepare(sources: Sources, request: PrepareRequest, work: Path, out: Path, sa
     others = [sketch_dataset(folder, work / "others" / f"{i:03}", request.deduplicate.permutations)
               for i, folder in enumerate((*sources.against, *([sources.parent] if sources.parent else [])))]  # fmt: skip
     _write_plan(path, plan)
-    book = _first(path, work, found, say, workers, saver, request)
+    book = _first(path, work, found, say, engine, saver, request)
     check_broken(book, request)
 
     say(SPANS["deduplicate"][0], "deduplicate", "hashes and bands", 0.0)
@@ -110,19 +124,19 @@ def prepare(sources: Sources, request: PrepareRequest, work: Path, out: Path, sa
     plan = _tokenizer(plan, sources, request, work, out, outcome, say)
     path = str(work / "plan-second.msgpack")
     _write_plan(path, plan)
-    _second(path, work, len(found), outcome, say, workers, saver)
+    _second(path, work, len(found), say, engine, saver)
     say(0.97, "store", "manifest, card, report", 0.0)
     card = assemble(plan, sources.parent, work, out, len(found), book, outcome)
     say(1.0, "store", f"{sum(s.documents for s in card.splits.values()):,} documents", 0.0)
     return card
 
 
-def _plan(sources: Sources, request: PrepareRequest, work: Path, out: Path) -> Plan:
+def _plan(sources: Sources, request: PrepareRequest, work: Path, out: Path, key: bytes) -> Plan:
     number = 0
     if sources.parent is not None:
         manifest = read_manifest(sources.parent)
         number = 1 + max((int(Path(shard.path).stem) for shard in manifest.shards), default=-1)
-    return Plan(request, str(work), str(out), sources.inputs, number=number)
+    return Plan(request, str(work), str(out), sources.inputs, key=key, number=number)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -138,28 +152,30 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _write_plan(path: str, plan: Plan) -> None:
-    Path(path).write_bytes(msgspec.msgpack.encode(plan))
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # it may hold a key
+        file.write(msgspec.msgpack.encode(plan))
 
 
 def _same_inputs(work: Path, found: Sequence[Sequence[Piece]], request: PrepareRequest) -> None:
-    """Shards in the work folder are of use only if the inputs are what they were."""
-    listing = [[(p.id, p.format, p.packing, p.size, p.start, p.stop, p.skipped) for p in shard] for shard in found]
+    """What lies in the work folder is of use only if the inputs are what they were; else all is read again."""
+    listing = [[(p.id, p.format, p.packing, p.size, p.stamp, p.start, p.stop, p.skipped) for p in shard] for shard in found]
     mine = hashlib.sha256(msgspec.json.encode((listing, request))).hexdigest()
     note = work / "inputs.sha256"
     if note.exists() and note.read_text() != mine:
         for folder in (FIRST, SECOND):
             shutil.rmtree(work / folder, ignore_errors=True)
+        (work / "tokenizer.json").unlink(missing_ok=True)  # trained on other text
     work.mkdir(parents=True, exist_ok=True)
     note.write_text(mine)
 
 
-def _first(path: str, work: Path, found: Sequence[Sequence[Piece]], say: Say, workers: int, saver: Saver,
+def _first(path: str, work: Path, found: Sequence[Sequence[Piece]], say: Say, engine: pool.Engine, saver: Saver,
            request: PrepareRequest) -> ShardBook:  # fmt: skip
     sizes = [sum(piece.size for piece in shard) for shard in found]
     todo = [(n, shard) for n, shard in enumerate(found) if not (work / FIRST / f"{n:05}" / "book.json").exists()]
     done = sum(sizes) - sum(sizes[n] for n, _ in todo)
     meter = Meter(say, "read", sum(sizes), done)
-    for number, _ in pool.run(first, path, todo, workers, lambda n: work / FIRST / f"{n:05}", lambda: meter.at(0)):
+    for number, _ in engine.run(first, path, todo, lambda n: work / FIRST / f"{n:05}", lambda: meter.at(0)):
         meter.at(sizes[number])
         saver.add(f"{FIRST}/{number:05}")
     book = ShardBook([StepBook(name) for name in step_names(request)])
@@ -209,8 +225,7 @@ def _kept_texts(work: Path, outcome: Outcome, most: int) -> Iterator[bytes]:
 
 
 def _tokenizer(plan: Plan, sources: Sources, request: PrepareRequest, work: Path, out: Path, outcome: Outcome, say: Say) -> Plan:
-    """The plan with a tokenizer in `out`, and whether Gigatoken gives its ids."""
-    target = out / "tokenizer.json"
+    """The plan with a tokenizer in `out` and its facts."""
     parent = sources.parent / "tokenizer.json" if sources.parent else None
     given = sources.tokenizer / "tokenizer.json" if sources.tokenizer else None
     if given is None and not request.train.kind and parent is not None and parent.exists():
@@ -223,25 +238,25 @@ def _tokenizer(plan: Plan, sources: Sources, request: PrepareRequest, work: Path
         if not given.is_file():
             raise ClientFault("no_tokenizer", "tokenize.tokenizer: the artifact has no tokenizer.json",
                               "give the digest of an artifact with a Hugging Face tokenizer.json at its top")  # fmt: skip
-        load(given).save(str(target))
+        tokenizer = load(given)
     else:
         say(SPANS["deduplicate"][1], "store", f"training a tokenizer of {request.train.vocabulary:,} tokens", 0.0)
-        texts = _kept_texts(work, outcome, int(request.train.sample_mb * 1e6))
-        train(request.train, (text.decode() for text in texts)).save(str(target))
-        shutil.copy(target, work / "tokenizer.json")
-    sample = []
-    for text in _kept_texts(work, outcome, 250_000):
-        sample.append(text)
-        if len(sample) == SAMPLE:
-            break
-    fast, _ = same_ids(target, sample)
-    return msgspec.structs.replace(plan, tokenizer=str(target), fast_tokens=fast)
+        most = int(request.train.sample_mb * 1e6)
+        tokenizer = train(request.train, lambda: (text.decode() for text in _kept_texts(work, outcome, most)))
+        tokenizer.save(str(work / "tokenizer.json"))
+    path = work / "encoder" / "tokenizer.json"  # where workers find it
+    path.parent.mkdir(exist_ok=True)
+    tokenizer.save(str(path))
+    shutil.copyfile(path, out / "tokenizer.json")
+    facts, _ = examine(tokenizer, path, list(islice(_kept_texts(work, outcome, 250_000), SAMPLE)))
+    between = separator(tokenizer, request.pack.separator) if request.pack.length else 0
+    return msgspec.structs.replace(plan, tokens=facts, separator=between)
 
 
-def _second(path: str, work: Path, count: int, outcome: Outcome, say: Say, workers: int, saver: Saver) -> None:
+def _second(path: str, work: Path, count: int, say: Say, engine: pool.Engine, saver: Saver) -> None:
     sizes = [(work / FIRST / f"{n:05}" / "docs.arrow").stat().st_size for n in range(count)]
     todo = [(n,) for n in range(count) if not (work / SECOND / f"{n:05}" / "book.json").exists()]
     meter = Meter(say, "store", sum(sizes), sum(sizes) - sum(sizes[n] for (n,) in todo))
-    for number, _ in pool.run(second, path, todo, workers, lambda n: work / SECOND / f"{n:05}", lambda: meter.at(0)):
+    for number, _ in engine.run(second, path, todo, lambda n: work / SECOND / f"{n:05}", lambda: meter.at(0)):
         meter.at(sizes[number])
         saver.add(f"{SECOND}/{number:05}")

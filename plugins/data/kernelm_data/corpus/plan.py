@@ -11,6 +11,8 @@ from kernelm_data.corpus.inputs import FORMATS
 from kernelm_data.corpus.language import wanted
 from kernelm_data.corpus.quality import RULES, rules
 from kernelm_data.corpus.sketches import Shape, shape
+from kernelm_data.corpus.tokenizing import Facts
+from kernelm_data.corpus.training import KINDS
 from kernelm_data.hooks import GROUP, Filters
 from kernelm_data.split import shares
 from kernelm_sdk.errors import ClientFault
@@ -18,6 +20,7 @@ from kernelm_sdk.hooks import Hooks
 
 FIRST = "first"  # folder of the shards after the first steps
 KEEP = "keep"  # of the masks that deduplication leaves
+ENGINES = ("local", "ray")
 TESTS = "tests.npy"  # hash table of the n-grams of the test sets
 
 
@@ -28,9 +31,9 @@ class Plan(msgspec.Struct, frozen=True):
     work: str  # folder of what lies between the steps
     out: str  # folder of the dataset
     inputs: tuple[Input, ...]
-    tokenizer: str = ""  # path of tokenizer.json, "" for none
+    tokens: Facts | None = None  # of the tokenizer, if there is one
+    separator: int = 0  # id of the token between packed documents
     key: bytes = b""  # under which private data are hashed
-    fast_tokens: bool = False  # gigatoken gives the same ids
     number: int = 0  # of the first shard: those before it are of earlier versions
 
     @property
@@ -38,10 +41,15 @@ class Plan(msgspec.Struct, frozen=True):
         return shape(self.request.deduplicate.jaccard, self.request.deduplicate.permutations)
 
 
-@lru_cache(4)
 def load(path: str) -> Plan:
     """The plan in a file."""
-    return msgspec.msgpack.decode(Path(path).read_bytes(), type=Plan)
+    return decoded(Path(path).read_bytes())
+
+
+@lru_cache(4)
+def decoded(data: bytes) -> Plan:
+    """The plan in a file's bytes."""
+    return msgspec.msgpack.decode(data, type=Plan)
 
 
 @lru_cache(1)
@@ -73,9 +81,9 @@ def check_request(request: PrepareRequest) -> None:
         ("limits.document_mb", 0 < limits.document_mb <= 1024, "MB above 0, up to 1024"),
         ("limits.expansion", limits.expansion >= 1, "1 or more"),
         ("pack.length", pack.length >= 0, "tokens, 0 for none"),
-        ("train.kind", train.kind in ("", "bpe", "wordpiece"), '"bpe", "wordpiece", or "" for none'),
+        ("train.kind", train.kind in ("", *KINDS), f'{", ".join(KINDS)}, or "" for none'),
         ("train.vocabulary", 300 <= train.vocabulary <= 1_000_000, "300 to 1,000,000 tokens"),
-        ("engine", request.engine == "local", '"local"'),
+        ("engine", request.engine in ENGINES, " or ".join(f'"{engine}"' for engine in ENGINES)),
     ):
         if not fits:
             raise ClientFault("invalid", f"{field}: this value makes no sense", f"give {wanted_}")

@@ -8,6 +8,7 @@ import numpy as np
 from kernelm_contracts.data import DatasetCard, Manifest
 from kernelm_data.corpus.books import StepBook
 
+INK, KEPT, LOST = "#1f2933", "#2f6f9f", "#d1495b"
 STYLE = """:root{--ink:#1f2933;--muted:#52606d;--grid:#e4e7eb;--kept:#2f6f9f;--lost:#d1495b;--bg:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--muted:#9aa5b1;--grid:#323f4b;--kept:#62a0cf;--lost:#ef7d8c;--bg:#12181f}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);max-width:62rem;margin:2rem auto;padding:0 1rem}
@@ -16,7 +17,7 @@ td,th{padding:.3rem .6rem;border-bottom:1px solid var(--grid);text-align:left;ve
 .bar{display:flex;height:1.1rem;min-width:14rem;background:var(--grid)}.bar i{background:var(--kept)}.bar b{background:var(--lost)}
 pre{white-space:pre-wrap;word-break:break-word;font-size:12.5px;margin:.2rem 0;padding:.5rem;border-left:3px solid var(--grid)}
 summary{cursor:pointer;margin:.3rem 0}small{color:var(--muted)}.after{border-color:var(--kept)}.before{border-color:var(--lost)}
-svg text{fill:var(--muted);font-size:11px}svg rect{fill:var(--kept)}"""
+a{color:var(--kept)}svg{display:block}svg text{fill:var(--muted);font-size:11px}svg rect{fill:var(--kept)}"""
 
 
 def _cell(text: str) -> str:
@@ -36,7 +37,7 @@ def card_page(card: DatasetCard, manifest: Manifest) -> str:
         + (f"; the version before is `{card.parent}`" if card.parent else "")
         + ".",
         "",
-        "![documents in and out of each step](account.png)",
+        "![documents in and out of each step](account.svg)",
         "",
         "| step | in | out | dropped | changed |",
         "|---|--:|--:|---|---|",
@@ -67,8 +68,35 @@ def card_page(card: DatasetCard, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def account_picture(steps: Sequence[StepBook]) -> str:
+    """Documents in and out of each step, as SVG: matplotlib would take longer to load than some corpora to prepare."""
+    widest = max((step.documents_in for step in steps), default=1) or 1
+    bars = []
+    for i, step in enumerate(steps):
+        y, kept, came = 34 + 30 * i, 460 * step.documents_out / widest, 460 * step.documents_in / widest
+        why = ""
+        if step.reasons:
+            what, count = _ordered(step.reasons)[0]
+            what = what if len(what) <= 56 else f"{what[:55]}\N{HORIZONTAL ELLIPSIS}"
+            why = f"\N{MINUS SIGN}{count:,} {what}" + (f" (+ {len(step.reasons) - 1})" if len(step.reasons) > 1 else "")
+        bars.append(f'<text x="168" y="{y + 15}" text-anchor="end" fill="{INK}">{html.escape(step.name)}</text>'
+                    f'<rect x="176" y="{y}" width="{kept:.1f}" height="22" fill="{KEPT}"/>'
+                    f'<rect x="{176 + kept:.1f}" y="{y}" width="{came - kept:.1f}" height="22" fill="{LOST}"/>'
+                    f'<text x="{182 + came:.1f}" y="{y + 15}" fill="{INK}">{step.documents_out:,}'
+                    f'<tspan dx="8" fill="{LOST}">{html.escape(why)}</tspan></text>')  # fmt: skip
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1080 {46 + 30 * len(steps)}" font-family="sans-serif" '
+        f'font-size="13"><rect width="100%" height="100%" fill="white"/><text x="176" y="20" fill="{INK}" font-weight="bold">'
+        f"Documents out of each step, and what it dropped</text>{''.join(bars)}</svg>\n"
+    )
+
+
+def _ordered(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {_cell(what)}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(f"{count:,} {_cell(what)}" for what, count in _ordered(counts))
 
 
 def report_page(
@@ -96,9 +124,9 @@ def report_page(
         *rows,
         "</table>",
     ]
-    body += ["<h2>Lengths</h2>", _histogram(characters, "bytes of text in a document")]
+    body += ["<h2>Lengths</h2>", _histogram(characters, "bytes of text")]
     if tokens:
-        body.append(_histogram(tokens, "tokens in a document"))
+        body.append(_histogram(tokens, "tokens"))
     for step in steps:
         body += _step(step)
     return (
@@ -113,7 +141,7 @@ def _step(step: StepBook) -> list[str]:
     if not step.reasons and not step.changed:
         return [*lines, "<p><small>nothing dropped or changed</small></p>"]
     for counts, verb in ((step.reasons, "dropped"), (step.changed, "changed")):
-        for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        for what, count in _ordered(counts):
             lines.append(f"<details><summary>{count:,} {verb}: {html.escape(what)}</summary>")
             for example in step.examples.get(what, []):
                 lines.append(f"<small>{html.escape(example.id)}</small>")
@@ -133,14 +161,15 @@ def _histogram(values: Sequence[int], what: str) -> str:
     if not values:
         return ""
     counts = np.bincount(np.maximum(np.log2(np.maximum(np.asarray(values), 1)).astype(int), 0))
-    highest, bars = max(int(counts.max()), 1), []
-    for i, count in enumerate(counts.tolist()):
+    least = int(np.flatnonzero(counts)[0])
+    highest, bars = int(counts.max()), []
+    for i, count in enumerate(counts[least:].tolist()):
         height = 90 * count / highest
         bars.append(f'<rect x="{i * 34}" y="{100 - height:.1f}" width="30" height="{height:.1f}"><title>{count:,}</title></rect>'
-                    f'<text x="{i * 34 + 15}" y="115" text-anchor="middle">{_power(i)}</text>')  # fmt: skip
-    width = 34 * len(counts)
+                    f'<text x="{i * 34 + 15}" y="115" text-anchor="middle">{_power(least + i)}</text>')  # fmt: skip
+    width = 34 * len(counts[least:])
     picture = f'<svg viewBox="0 0 {width} 122" style="max-width:{width}px">{"".join(bars)}</svg>'
-    return f"{picture}<p><small>{what}, from</small></p>"
+    return f"{picture}<p><small>documents by {what}; a bar reaches from the number below it to twice as many</small></p>"
 
 
 def _power(i: int) -> str:

@@ -1,5 +1,6 @@
 """What deduplication knows of a document: a hash of its text, a MinHash signature, keys of its bands."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,27 +37,36 @@ class Sketcher:
         random = np.random.default_rng(SEED)
         self._a = random.integers(0, 1 << 32, permutations, dtype=np.uint32) | np.uint32(1)
         self._b = random.integers(0, 1 << 32, permutations, dtype=np.uint32)
-        self._grams = np.empty(1 << 16, np.uint64)
+        self._room(1 << 16)
+
+    def _room(self, size: int) -> None:
+        self._grams, self._letter = np.empty(size + 1, np.uint64), np.empty(size, np.uint8)
+        self._bounds = np.empty(2 * size + 2, np.int64)
 
     def grams(self, text: npt.NDArray[np.uint8], words: int = GRAM) -> k.Hashes:
         """Hashes of the word n-grams, with repetitions; valid until the next call."""
         if len(text) >= len(self._grams):
-            self._grams = np.empty(2 << len(text).bit_length(), np.uint64)
-        return self._grams[: k.shingles(text, k.ASCII, words, self._grams)]
+            self._room(1 << len(text).bit_length())
+        found = k.word_bounds(text, k.ASCII, self._letter, self._bounds)
+        return self._grams[: k.shingles(text, self._bounds, found, words, self._grams)]
 
     def signature(self, grams: k.Hashes, out: npt.NDArray[np.uint32]) -> None:
         k.sketch(grams, self._a, self._b, out)
 
     def shingles(self, text: npt.NDArray[np.uint8]) -> k.Hashes:
         """The set of shingles: sorted, distinct."""
-        return np.unique(self.grams(text))
+        grams = self.grams(text).copy()
+        grams.sort()
+        return grams[: k.distinct(grams)]
 
 
-def keys(signatures: npt.NDArray[np.uint32], form: Shape) -> npt.NDArray[np.uint64]:
-    """The band keys of each signature: documents x bands."""
-    out = np.empty((len(signatures), form.bands), np.uint64)
-    for i, signature in enumerate(signatures):
-        k.band_keys(signature, form.rows, out[i])
+def band_keys(parts: Sequence[npt.NDArray[np.uint32]], band: int, form: Shape) -> k.Hashes:
+    """The key of a band of every signature; `parts`: documents x permutations, one after the other."""
+    out = np.empty(sum(map(len, parts)), np.uint64)
+    at = 0
+    for part in parts:
+        k.band_keys(part, band, form.rows, out[at : at + len(part)])
+        at += len(part)
     return out
 
 

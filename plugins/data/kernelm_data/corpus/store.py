@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kernelm_contracts.splits import files
+
 
 class Documents:
     """The documents of one `docs.arrow`, mapped into memory."""
@@ -40,6 +42,11 @@ class Documents:
     def id(self, row: int) -> str:
         return cast(str, self.value(row, "id").as_py())
 
+    def ids(self) -> Iterator[str]:
+        """The ids of all documents."""
+        for batch in self._batches:
+            yield from batch.column("id").to_pylist()
+
     def hashes(self) -> npt.NDArray[np.void]:
         """16 bytes for each document."""
         parts = [
@@ -47,17 +54,10 @@ class Documents:
         ]
         return np.concatenate(parts) if parts else np.empty(0, "V16")
 
-    def signatures(self, permutations: int) -> npt.NDArray[np.uint32]:
-        """Documents x permutations."""
-        parts = [np.frombuffer(b.column("signature").buffers()[2], np.uint32, b.num_rows * permutations).reshape(-1, permutations)
-                 for b in self._batches]  # fmt: skip
-        return np.concatenate(parts) if parts else np.empty((0, permutations), np.uint32)
-
-
-def parquet_files(folder: Path, splits: Sequence[str] = ("train", "validation", "test")) -> list[Path]:
-    """The files with the rows of a dataset: of a corpus or of a small one."""
-    found = [path for split in splits for path in (folder / f"{split}.parquet", *sorted((folder / split).glob("*.parquet")))]
-    return [path for path in found if path.is_file()]
+    def signatures(self, permutations: int) -> list[npt.NDArray[np.uint32]]:
+        """Documents x permutations, in parts that stay on disk until they are looked at."""
+        return [np.frombuffer(b.column("signature").buffers()[2], np.uint32, b.num_rows * permutations).reshape(-1, permutations)
+                for b in self._batches]  # fmt: skip
 
 
 class Rows:
@@ -66,7 +66,7 @@ class Rows:
     KEPT = 4
 
     def __init__(self, folder: Path, split: str = "train", columns: Sequence[str] | None = None) -> None:
-        self._files = [pq.ParquetFile(path, memory_map=True) for path in parquet_files(folder, (split,))]
+        self._files = [pq.ParquetFile(path, memory_map=True) for path in files(folder, split)]
         self._columns = list(columns) if columns is not None else None
         self._groups = [(f, g, file.metadata.row_group(g).num_rows) for f, file in enumerate(self._files)
                         for g in range(file.metadata.num_row_groups)]  # fmt: skip

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
-import fsspec
 import zstandard
 
 from kernelm_contracts.data import Limits
+from kernelm_data.corpus.remote import Remote
 
 PACKINGS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz", ".tgz": "gz", ".tbz2": "bz2", ".txz": "xz"}
 FREE = 16_000_000  # bytes that anything may unpack to
@@ -101,9 +101,11 @@ def unpack(packed: IO[bytes], packing: str, limits: Limits) -> IO[bytes]:
 
 @contextmanager
 def opened(path: str, packing: str, limits: Limits, start: int = 0) -> Iterator[IO[bytes]]:
-    """A file from byte `start` on: a local path, or a URL of fsspec. Raises `Broken` if it can't be opened."""
+    """A file from byte `start` on: a local path, or a URL of fsspec. Raises `Broken` if it can't be opened, and PluginFault
+    `connection_lost` for one whose server is gone."""
     try:
-        file = fsspec.open(path, "rb", block_size=8 * BUFFER).open() if "://" in path else open(path, "rb")  # noqa: PTH123, SIM115
+        remote = "://" in path
+        file: Any = io.BufferedReader(Remote(path), BUFFER) if remote else open(path, "rb", BUFFER)  # noqa: PTH123, SIM115
     except OSError as error:
         raise Broken("unreadable", error.strerror or str(error)) from None
     with file:

@@ -1,14 +1,15 @@
-"""Texts to token ids: Hugging Face's `tokenizers`, or Gigatoken where that gives the same ids; training; packing."""
+"""Texts to token ids: Hugging Face's `tokenizers`, or Gigatoken where that gives the same ids; packing."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
-from kernelm_contracts.data import Train
 from kernelm_sdk.errors import ClientFault
 
 Ids = npt.NDArray[np.int32]
@@ -31,20 +32,22 @@ PROBES = (
 )
 
 
+class Facts(msgspec.Struct, frozen=True):
+    """What the workers have to know of a tokenizer; found out once."""
+
+    path: str  # of tokenizer.json
+    fast: bool  # Gigatoken gives the same ids
+    prefix: tuple[int, ...] = ()  # special tokens before a text
+    suffix: tuple[int, ...] = ()  # and after it
+
+
 class Encoder:
     """Texts to ids with the special tokens that the tokenizer puts around a text."""
 
-    def __init__(self, path: Path, fast: bool) -> None:
-        self.tokenizer = load(path)
-        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
-        full = self.tokenizer.encode("a").ids
-        at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-        self.prefix, self.suffix = np.array(full[:at], np.int32), np.array(full[at + len(plain) :], np.int32)
-        self._fast: Any = None
-        if fast:
-            import gigatoken
-
-            self._fast = gigatoken.Tokenizer(str(path))
+    def __init__(self, facts: Facts, tokenizer: Tokenizer | None = None) -> None:
+        self.prefix, self.suffix = np.array(facts.prefix, np.int32), np.array(facts.suffix, np.int32)
+        self._fast = _gigatoken(facts.path, Path(facts.path).stat().st_mtime_ns) if facts.fast else None
+        self._tokenizer = tokenizer if facts.fast else tokenizer or load(Path(facts.path))
 
     @property
     def special(self) -> int:
@@ -54,13 +57,14 @@ class Encoder:
     def plain(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], Ids]:
         """The ids of the texts one after the other without special tokens around them, and where each begins and ends."""
         if self._fast is not None:
-            layout = self._fast.encode_batch(list(texts)).layout
-            offsets = np.asarray(layout.offsets.data, np.int64)
-            return offsets - offsets[0], np.asarray(layout.content.data[offsets[0] : offsets[-1]]).view(np.int32)
-        found = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+            found = [self._fast.encode(text) for text in texts]
+        else:
+            assert self._tokenizer is not None
+            encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+            found = [np.array(encoding.ids, np.uint32) for encoding in encodings]
         offsets = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum([len(encoding.ids) for encoding in found], out=offsets[1:])
-        return offsets, np.concatenate([np.array(e.ids, np.int32) for e in found]) if found else np.empty(0, np.int32)
+        np.cumsum([len(ids) for ids in found], out=offsets[1:])
+        return offsets, np.concatenate(found).view(np.int32) if found else np.empty(0, np.int32)
 
     def whole(self, texts: Sequence[bytes], most: int) -> tuple[npt.NDArray[np.int64], Ids, int]:
         """The same with special tokens, cut at `most` tokens; and how many were cut."""
@@ -81,14 +85,22 @@ class Encoder:
             row[len(row) - len(self.suffix) :] = self.suffix
         return where, out, cut
 
-    def end(self, separator: str) -> int:
-        """The id of the token between packed documents; ClientFault if the tokenizer has none."""
-        names = (separator,) if separator else ENDS
-        found = next((i for name in names if (i := self.tokenizer.token_to_id(name)) is not None), None)
-        if found is None:
-            raise ClientFault("no_separator", f"pack.separator: the tokenizer has none of the tokens {', '.join(names)}",
-                              "name a token of the tokenizer in pack.separator")  # fmt: skip
-        return int(found)
+
+@lru_cache(1)
+def _gigatoken(path: str, modified: int) -> Any:
+    import gigatoken
+
+    return gigatoken.Tokenizer(path)
+
+
+def separator(tokenizer: Tokenizer, name: str) -> int:
+    """The id of the token between packed documents; ClientFault if the tokenizer has none."""
+    names = (name,) if name else ENDS
+    found = next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
+    if found is None:
+        raise ClientFault("no_separator", f"pack.separator: the tokenizer has none of the tokens {', '.join(names)}",
+                          "name a token of the tokenizer in pack.separator")  # fmt: skip
+    return int(found)
 
 
 def load(path: Path) -> Tokenizer:
@@ -103,42 +115,32 @@ def load(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def same_ids(path: Path, sample: Sequence[bytes]) -> tuple[bool, str]:
-    """Whether Gigatoken gives the ids of Hugging Face's tokenizers on the sample and on texts made to tell them apart; if not,
-    why."""
-    slow = Encoder(path, fast=False)
+def examine(tokenizer: Tokenizer, path: Path, sample: Sequence[bytes]) -> tuple[Facts, str]:
+    """The facts of a tokenizer that was saved to `path`, and why Gigatoken is not taken for it: it is if it gives the ids of
+    Hugging Face's tokenizers on the sample and on texts made to tell them apart."""
+    plain, full = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    facts = Facts(str(path), True, tuple(full[:at]), tuple(full[at + len(plain) :]))
+    slow = msgspec.structs.replace(facts, fast=False)
     texts = [*sample, *(probe.encode() for probe in PROBES)]
     try:
-        fast = Encoder(path, fast=True)
-        offsets, ids = fast.plain(texts)
+        offsets, ids = Encoder(facts).plain(texts)
     except Exception as error:  # for kinds of tokenizers that it does not know it raises what it likes
-        return False, f"Gigatoken does not take this tokenizer: {error}"
-    expected_offsets, expected = slow.plain(texts)
+        return slow, f"Gigatoken does not take this tokenizer: {error}"
+    expected_offsets, expected = Encoder(slow, tokenizer).plain(texts)
     if not np.array_equal(offsets, expected_offsets) or not np.array_equal(ids, expected):
-        return False, "Gigatoken gives other ids"
-    return True, ""
+        return slow, "Gigatoken gives other ids"
+    return facts, ""
 
 
-def train(settings: Train, texts: Iterable[str]) -> Tokenizer:
-    """A new tokenizer, trained on the texts: byte-level BPE (Radford et al., 2019) or WordPiece (Devlin et al., 2019)."""
-    if settings.kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(vocab_size=settings.vocabulary, special_tokens=[END], show_progress=False,
-                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=settings.vocabulary, show_progress=False,
-                                        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
-    return tokenizer
+class Sequences(NamedTuple):
+    """Packed sequences, end to end: the ids, where each sequence begins in them, the positions within their sequences where
+    documents begin, and where each sequence's positions begin."""
+
+    ids: Ids
+    id_offsets: Ids
+    starts: Ids
+    start_offsets: Ids
 
 
 class Packer:
@@ -147,27 +149,31 @@ class Packer:
     def __init__(self, length: int, separator: int) -> None:
         self._length, self._separator = length, separator
         self._ids = np.empty(0, np.int32)
-        self._starts: list[int] = []
+        self._starts = np.empty(0, np.int64)
 
-    def add(self, offsets: npt.NDArray[np.int64], ids: Ids) -> Iterator[tuple[Ids, list[int]]]:
-        """The sequences that are full now: ids, and the positions where documents begin."""
-        lengths = np.diff(offsets) + 1
-        where = np.cumsum(lengths) - lengths
-        joined = np.full(int(lengths.sum()), self._separator, np.int32)
+    def add(self, offsets: npt.NDArray[np.int64], ids: Ids) -> Sequences:
+        """The sequences that are full now."""
+        left = len(self._ids)
+        joined = np.full(left + len(ids) + len(offsets) - 1, self._separator, np.int32)
+        joined[:left] = self._ids
+        where = left + offsets[:-1] + np.arange(len(offsets) - 1)  # of each document
         mask = np.ones(len(joined), np.bool_)
-        mask[where + lengths - 1] = False
+        mask[:left] = False
+        mask[where + np.diff(offsets)] = False
         joined[mask] = ids
-        base = len(self._ids)
-        self._ids = np.concatenate([self._ids, joined])
-        self._starts += (where + base).tolist()
-        full = len(self._ids) // self._length
-        starts = np.asarray(self._starts, np.int64)
-        for i in range(full):
-            low, high = np.searchsorted(starts, (i * self._length, (i + 1) * self._length))
-            yield self._ids[i * self._length : (i + 1) * self._length], (starts[low:high] - i * self._length).tolist()
-        self._ids = self._ids[full * self._length :]
-        self._starts = [int(s) - full * self._length for s in self._starts if s >= full * self._length]
+        self._ids, self._starts = joined, np.concatenate([self._starts, where])
+        return self._take(len(joined) // self._length)
 
-    def rest(self) -> tuple[Ids, list[int]] | None:
-        """What is left at the end."""
-        return (self._ids, self._starts) if len(self._ids) else None
+    def rest(self) -> Sequences:
+        """What is left at the end: one sequence, or none."""
+        return self._take(-(-len(self._ids) // self._length))
+
+    def _take(self, count: int) -> Sequences:
+        end = min(count * self._length, len(self._ids))
+        ids, self._ids = self._ids[:end], self._ids[end:]
+        here = int(np.searchsorted(self._starts, end))
+        starts, self._starts = self._starts[:here], self._starts[here:] - end
+        bounds = np.minimum(np.arange(count + 1) * self._length, end)
+        begins = np.searchsorted(starts, bounds)
+        begins[-1] = here
+        return Sequences(ids, bounds.astype(np.int32), (starts % self._length).astype(np.int32), begins.astype(np.int32))

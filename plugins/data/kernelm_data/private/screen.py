@@ -8,7 +8,7 @@ from kernelm_contracts.data import Private, PrivateCard
 from kernelm_data.private.detect import Detector
 from kernelm_data.private.redact import Placeholders, count, redact
 from kernelm_data.private.spans import PRIORITY
-from kernelm_data.private.stream import Redactor
+from kernelm_data.private.stream import Redactor, State
 from kernelm_sdk.errors import ClientFault
 
 
@@ -62,7 +62,7 @@ class Screen:
             placeholders = Placeholders("number")
         return Screened(redact(text, spans, placeholders=placeholders or self._placeholders), found)
 
-    def stream(self, state: tuple[str, int]) -> Redactor:
+    def stream(self, state: State) -> Redactor:
         """For a text that comes in pieces."""
         return Redactor(self._detector, self._placeholders, state)
 

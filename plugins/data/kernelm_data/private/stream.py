@@ -5,6 +5,7 @@ from collections import Counter
 
 from kernelm_data.private.detect import Detector, as_read
 from kernelm_data.private.names import unit_end
+from kernelm_data.private.persons import Persons
 from kernelm_data.private.redact import Placeholders
 from kernelm_data.private.secrets import PEM_START
 from kernelm_data.private.spans import LEFT, LONGEST, WIDEST, Span, merge
@@ -18,8 +19,12 @@ WORD = re.compile(r"(\S+)\s+")
 HAN_END = re.compile("[\u3001\u3002\u3400-\u4dbf\u4e00-\u9fff\uff0c\uff1b\uff01\uff1f]")
 
 
+State = tuple[str, int, tuple[str, ...]]  # context and what is held back; characters of context; parts of names so far
+
+
 class Redactor:
-    """Redacts a stream: the pieces that come back, put together, are what `redact` makes of the whole, wherever it was cut.
+    """Redacts a stream: the pieces that come back, put together, are what `redact` makes of the whole, wherever it was cut; but a
+    part of a name that stands alone is one only behind the whole name.
 
     `feed` gives back all that is safe by now; `close` the rest. What may still become part of a private value is held back:
     the last word, or as many as look like groups of a number, and from `-----BEGIN ` on, a private key; with names, the
@@ -28,15 +33,16 @@ class Redactor:
 
     LIMIT = 2 * LONGEST
 
-    def __init__(self, detector: Detector, placeholders: Placeholders | None = None, state: tuple[str, int] = ("", 0)) -> None:
+    def __init__(self, detector: Detector, placeholders: Placeholders | None = None, state: State = ("", 0, ())) -> None:
         self._detector, self._placeholders = detector, placeholders or Placeholders()
-        self._text, self._given = state  # context that was given out, then what is held back; characters of context
+        self._text, self._given, parts = state  # context that was given out, then what is held back; characters of context
+        self._persons = Persons(parts)
         self.found = Counter[str]()  # type -> values redacted so far
 
     @property
-    def state(self) -> tuple[str, int]:
+    def state(self) -> State:
         """For another `Redactor` to go on from. It holds private text."""
-        return self._text, self._given
+        return self._text, self._given, self._persons.parts
 
     @property
     def held(self) -> int:
@@ -52,7 +58,7 @@ class Redactor:
     def close(self) -> str:
         """What was held back. The redactor is then ready for another text, and keeps its numbers."""
         rest = self._give(len(self._text))
-        self._text, self._given = "", 0
+        self._text, self._given, self._persons = "", 0, Persons()
         return rest
 
     def _safe_end(self) -> int:
@@ -111,5 +117,5 @@ class Redactor:
         found = [span for span in self._detector.rules(text) if span.start >= self._given]
         if self._detector.names is not None:
             found += [s._replace(start=s.start + self._given, end=s.end + self._given)
-                      for s in self._detector.names.find(text[self._given : end])]  # fmt: skip
+                      for s in self._detector.names.find(text[self._given : end], self._persons)]  # fmt: skip
         return merge(found)

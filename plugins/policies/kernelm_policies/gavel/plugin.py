@@ -15,6 +15,7 @@ from scipy.sparse import coo_array, vstack
 
 from kernelm_contracts.scheduler import ClusterState, Decisions, Scheduler
 from kernelm_policies.placing import Job, Room, Target, current, free_to_move, settle, speed
+from kernelm_policies.serving import beside_models
 from kernelm_sdk.plugin import Plugin
 
 
@@ -27,7 +28,7 @@ class Gavel(Plugin, Scheduler):
     resizes = False
 
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
-        return decide(request, self.settings)
+        return beside_models(request, lambda state: decide(state, self.settings))
 
 
 def decide(state: ClusterState, settings: Settings) -> Decisions:

@@ -3,7 +3,7 @@
 For jobs whose speed grows with a power of their devices, the least average completion time is had when each job's speed counts
 the more the smaller it is among those that are left (heSRPT: Berg, Vesilo, Harchol-Balter, Performance Evaluation 142, 2020).
 Here each job is worth, in one configuration, its speed relative to one device, divided by the root of its remaining work; the
-sum is maximized over all types by the same integer program as Sia's. A change costs what the restart costs over the time that
+sum is maximized over all types by the same integer program as Sia's. A start or a change costs the restart over the time that
 the configuration is likely to last, and must bring `keep` more than that. A job that does not tell what is left counts as having
 as much left as it has had.
 """
@@ -15,6 +15,7 @@ from msgspec import Struct
 from kernelm_contracts.scheduler import ClusterState, Decisions, Scheduler
 from kernelm_policies import elastic
 from kernelm_policies.placing import Job, Room, Target, settle
+from kernelm_policies.serving import beside_models
 from kernelm_sdk.plugin import Plugin
 
 
@@ -30,10 +31,13 @@ class Hesrpt(Plugin, Scheduler):
     Settings = Settings
 
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
-        room = Room(request)
-        targets = elastic.best(request, room, lambda job: worth(job, request, room, self.settings), self.settings.gap,
-                               self.settings.solver_s)  # fmt: skip
-        return settle(request, targets, "goodput by what is left")
+        return beside_models(request, lambda state: decide(state, self.settings))
+
+
+def decide(state: ClusterState, settings: Settings) -> Decisions:
+    room = Room(state)
+    targets = elastic.best(state, room, lambda job: worth(job, state, room, settings), settings.gap, settings.solver_s)
+    return settle(state, targets, "goodput by what is left")
 
 
 def worth(job: Job, state: ClusterState, room: Room, settings: Settings) -> list[tuple[Target, float]]:
@@ -50,6 +54,6 @@ def worth(job: Job, state: ClusterState, room: Room, settings: Settings) -> list
     for target, rate in found:
         lasts = min(left * one / rate + job.restart_s, settings.lasts_s) or 1.0
         cost = min(job.restart_s / lasts, 1.0)
-        factor = 1.0 if now is None else 1.0 + settings.keep + cost if target == now else 1.0 - cost
+        factor = 1.0 + settings.keep + cost if target == now else 1.0 - cost  # a start costs a restart too
         values.append((target, weight * rate / one * factor))
     return values

@@ -13,6 +13,7 @@ from msgspec import Struct
 from kernelm_contracts.scheduler import ClusterState, Decisions, Scheduler
 from kernelm_policies import elastic
 from kernelm_policies.placing import Job, Room, Target, settle, speed
+from kernelm_policies.serving import beside_models
 from kernelm_sdk.plugin import Plugin
 
 
@@ -25,7 +26,7 @@ class Pollux(Plugin, Scheduler):
     Settings = Settings
 
     async def decide(self, request: ClusterState, call: Any) -> Decisions:
-        return settle(request, allocate(request, self.settings), "goodput, types alike")
+        return beside_models(request, lambda state: settle(state, allocate(state, self.settings), "goodput, types alike"))
 
 
 def allocate(state: ClusterState, settings: Settings) -> dict[str, Target]:

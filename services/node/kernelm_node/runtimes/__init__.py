@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import msgspec
+
 from kernelm_node.runtimes.container import ContainerRuntime
+from kernelm_node.runtimes.containers import read_containers
 from kernelm_node.runtimes.inproc import InprocRuntime
 from kernelm_node.runtimes.process import ProcessRuntime
 from kernelm_node.runtimes.runtime import Runtime
@@ -17,7 +20,7 @@ class Runtimes:
     """The runtimes of one node."""
 
     def __init__(self, home: Path) -> None:
-        self._all = {r.name: r(home) for r in RUNTIMES}
+        self._home, self._all = home, {r.name: r(home) for r in RUNTIMES}
 
     async def probe(self) -> None:
         for runtime in self._all.values():
@@ -40,6 +43,11 @@ class Runtimes:
             known = ", ".join(sorted(self._all))
             raise ClientFault("unsupported_runtime", f"this node has no runtime {name!r}", f"it has {known}")
         return self._all[name]
+
+    def ours(self, request: StartInstance) -> StartInstance:
+        """The request as the owner of this node has it: in a container, if all shall be."""
+        only = read_containers(self._home).only
+        return msgspec.structs.replace(request, runtime=ContainerRuntime.name) if only else request
 
     async def choose(self, request: StartInstance) -> Runtime:
         """The runtime that `request` names, if it can give what is asked for; else ClientFault "unsupported_runtime"."""

@@ -27,6 +27,7 @@ from requests import RequestException
 from urllib3.exceptions import HTTPError
 
 from kernelm_node.runtimes import relay
+from kernelm_node.runtimes.containers import read_containers
 from kernelm_node.runtimes.oom import OomWitness
 from kernelm_node.runtimes.runtime import UNKNOWN_CODE, Exit, Handle, Launch, Runtime, Task
 from kernelm_node.runtimes.template import (
@@ -202,13 +203,16 @@ class ContainerRuntime(Runtime):
     async def start(self, launch: Launch) -> Task:
         if self._engine is None:
             raise KernelFault("can_not_start", f"{launch.instance}: {self.missing or 'the engine was not asked yet'}", "see there")
-        image = await asyncio.to_thread(self._image, launch.image)
+        ours = read_containers(self.home)
+        installed = ours.images.get(launch.plugin, "")
+        image = await asyncio.to_thread(self._image, launch.image or installed)
         if launch.needs.gpus and "gpu_limit" not in self.can:
             raise ClientFault("unsupported", f"{launch.instance} needs {launch.needs.gpus} GPUs: the engine has no NVIDIA runtime",
                               "install nvidia-container-toolkit, or run it as a process")  # fmt: skip
         self._broker = launch.environment["KERNELM_URL"]
         await asyncio.to_thread(self._relay, launch.instance)
-        arguments = container(launch, self.home, image, self._info)
+        own = bool(installed) and launch.source is None and not launch.image
+        arguments = container(launch, self.home, image, self._info, own=own, readable=ours.readable, volumes=ours.volumes)
         _give(launch.scratch, 0o700)
         _give(Path(launch.environment["KERNELM_TOKEN_FILE"]), 0o400)
         offset = launch.log.stat().st_size if launch.log.exists() else 0

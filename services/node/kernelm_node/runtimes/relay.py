@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from kernelm_sdk.relay import listen
+from kernelm_sdk.tls import VARIABLES
 
 CONNECTIONS = 16  # of one instance; its runner needs one or two
 SOCKET = "broker.sock"
@@ -21,7 +22,7 @@ def begin(folder: Path, target: str, owner: int, log: Path) -> None:
     folder.chmod(0o700)
     if os.geteuid() != owner:
         os.chown(folder, owner, owner)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("KERNELM_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("KERNELM_") or k in VARIABLES}
     with listen(folder / SOCKET, owner) as listening, log.open("ab") as output:
         what = (listening.fileno(), folder / SOCKET, target, CONNECTIONS)
         command = [sys.executable, "-m", "kernelm_sdk.relay", *map(str, what)]

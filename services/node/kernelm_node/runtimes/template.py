@@ -4,8 +4,10 @@ to read, one scratch folder, one secret. Pure: from a `Launch` to the arguments 
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from docker.types import DeviceRequest, LogConfig, Mount
@@ -19,7 +21,7 @@ from kernelm_sdk.system import Limits
 HOME_LABEL, INSTANCE_LABEL = "kernelm.home", "kernelm.instance"
 USER = 64321  # in containers of a node that is root: of no account, and root owns all but the instance's scratch folder
 ENTRY = ("python", "-m", "kernelm_sdk.runner")
-PASSED = ("KERNELM_INSTANCE", "KERNELM_PLUGIN", "KERNELM_POOL", "KERNELM_SCRATCH", "KERNELM_LOG")  # of the node's environment
+PASSED = tuple(f"KERNELM_{n}" for n in ("INSTANCE", "PLUGIN", "POOL", "SCRATCH", "LOG", "CPU", "MIRROR"))  # of the node's variables
 SOCKETS, SECRET = "/run/kernelm", "/run/secrets/kernelm-token"  # where the container sees the broker's socket and its token
 PIDS = 512  # processes and threads, where the manifest has no limit
 TMP_MB = 256  # /tmp, which lies in memory and counts as such
@@ -70,14 +72,20 @@ def plugin_folder(launch: Launch) -> tuple[Path, Path]:
                       "install it, or load it as an artifact: kernelm plugin load PATH")  # fmt: skip
 
 
-def container(launch: Launch, home: Path, image: str, engine: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for the Docker SDK's `containers.create`. `engine` is its `info()`: what is there bounds what has no limit."""
-    files, path = plugin_folder(launch)
+def container(launch: Launch, home: Path, image: str, engine: dict[str, Any], *, own: bool = False,
+              readable: tuple[str, ...] = (), volumes: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:  # fmt: skip
+    """Arguments for the Docker SDK's `containers.create`. `engine` is its `info()`: what is there bounds what has no limit.
+    `own`: the image holds the plugin, and no files of it are mounted; `readable` and `volumes`, see `Containers`."""
     environment = {k: v for k, v in launch.environment.items() if k in PASSED} | {
-        "KERNELM_URL": f"unix:{SOCKETS}/{SOCKET}", "KERNELM_TOKEN_FILE": SECRET, "KERNELM_MANIFEST": str(files / MANIFEST),
-        "PYTHONPATH": str(path), "PYTHONUNBUFFERED": "1", "HOME": "/tmp", "USER": "kernelm",  # getpwuid knows no such uid
+        "KERNELM_URL": f"unix:{SOCKETS}/{SOCKET}", "KERNELM_TOKEN_FILE": SECRET,
+        "PYTHONUNBUFFERED": "1", "HOME": "/tmp", "USER": "kernelm",  # getpwuid knows no such uid
     }  # fmt: skip
-    mounts = _mounts(launch, home, files)
+    folders = [*launch.artifacts, *map(Path, readable)]
+    if not own:
+        files, path = plugin_folder(launch)
+        environment |= {"KERNELM_MANIFEST": str(files / MANIFEST), "PYTHONPATH": str(path)}
+        folders.insert(0, files)
+    mounts = _mounts(launch, home, folders, volumes)
     return {
         "image": image, "name": container_name(home, launch.instance), "entrypoint": list(ENTRY), "command": [],
         "labels": {HOME_LABEL: str(home), INSTANCE_LABEL: launch.instance},
@@ -101,14 +109,17 @@ def _limits(limits: Limits, engine: dict[str, Any]) -> dict[str, Any]:
     return {"mem_limit": memory, "nano_cpus": int(cpu * 1e9), "pids_limit": limits.pids or PIDS} | swap
 
 
-def _mounts(launch: Launch, home: Path, files: Path) -> list[Mount]:
-    """Exactly what was granted. Folders lie where they lie outside, so that a path in a message to another member of the
-    system (`artifacts/1.put`) names the same files to both."""
+def _mounts(launch: Launch, home: Path, folders: list[Path], volumes: Mapping[str, str]) -> list[Mount]:
+    """Exactly what was granted, `folders` to read. They lie where they lie outside, so that a path in a message to another
+    member of the system (`artifacts/1.put`) names the same files to both."""
     scratch = launch.scratch.absolute()
-    readable = dict.fromkeys((files, *(a.absolute() for a in launch.artifacts)))
+    absolute = dict.fromkeys(folder.absolute() for folder in folders)
+    covered = {*absolute, *map(Path, volumes.values())}
+    readable = [folder for folder in absolute if not any(other in folder.parents for other in covered)]
     secret = Path(launch.environment["KERNELM_TOKEN_FILE"]).absolute()
     return [_mount(sockets(home, launch.instance), SOCKETS), _mount(secret, SECRET),
-            *(_mount(folder, str(folder)) for folder in readable), _mount(scratch, str(scratch), False)]  # fmt: skip
+            *(_mount(folder, str(folder)) for folder in readable), _mount(scratch, str(scratch), False),
+            *(Mount(target, name, type="volume", read_only=True, no_copy=True) for name, target in volumes.items())]  # fmt: skip
 
 
 def _mount(source: Path, target: str, read_only: bool = True) -> Mount:

@@ -3,6 +3,7 @@
 imports is in no other process."""
 
 import asyncio
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import msgspec
 from kernelm_node.runtimes.preparing import PreparedTask
 from kernelm_node.runtimes.process import ProcessRuntime
 from kernelm_node.runtimes.runtime import Launch, Task
-from kernelm_node.runtimes.venvs import Venvs, copied, requirements_of
+from kernelm_node.runtimes.venvs import Venvs, copied, own_packages, requirements_of
 from kernelm_sdk.plugin import MANIFEST
 
 RUNNER = ("-m", "kernelm_sdk.runner")
@@ -30,15 +31,19 @@ class VenvRuntime(ProcessRuntime):
         return PreparedTask(self._begin(launch), launch.log, launch.instance)
 
     async def _begin(self, launch: Launch) -> Task:
-        requirements = await asyncio.to_thread(requirements_of, launch.plugin, launch.source)
-        place = await self._venvs.get(requirements, launch.log)
+        environments = launch.manifest.venv
+        wanted = environments.gpu if launch.needs.gpus and environments.gpu else environments.cpu
+        requirements = await asyncio.to_thread(requirements_of, launch.plugin, launch.source, wanted.extras)
+        place = await self._venvs.get(requirements, launch.log, wanted.without)
         environment = {k: v for k, v in launch.environment.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-        path = str(launch.source)
+        copies = self.home / "venvs" / "packages"
+        path = [await asyncio.to_thread(copied, package, copies) for package in own_packages()]
         if launch.source is None:
             package = Path(environment["KERNELM_MANIFEST"]).parent
-            folder = await asyncio.to_thread(copied, package, self.home / "venvs" / "plugins")
-            path, environment["KERNELM_MANIFEST"] = str(folder), str(folder / package.name / MANIFEST)
-        environment |= {"PYTHONPATH": path, "VIRTUAL_ENV": str(place),
+            folder = await asyncio.to_thread(copied, package, copies)
+            environment["KERNELM_MANIFEST"] = str(folder / package.name / MANIFEST)
+        path.append(launch.source or folder)
+        environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "VIRTUAL_ENV": str(place),
                         "PATH": f"{place / 'bin'}:{environment.get('PATH', '/usr/bin:/bin')}"}  # fmt: skip
         launch = msgspec.structs.replace(launch, environment=environment)
         groups = self._groups.make(launch.instance, launch.limits)

@@ -1,6 +1,8 @@
-"""Environments of plugins, made from their requirements and cached by a hash of these, the Python version and the SDK:
-`<home>/venvs/<hash>/`. One is built beside its place and renamed when it is complete, by one node at a time (flock);
-a build that fails leaves nothing. `<hash>/.used` is touched at every use, so that old ones can be found and removed."""
+"""Environments of plugins, made from their requirements and cached by a hash of these and the Python version:
+`<home>/venvs/<hash>/`. The SDK and the contracts are put on the path beside it, so that another version of them, which comes
+with the node, does not cost another environment. One is built beside its place and renamed when it is complete, by one node at
+a time (flock); a build that fails leaves nothing. `<hash>/.used` is touched at every use, so that old ones can be found and
+removed."""
 
 import asyncio
 import contextlib
@@ -15,7 +17,7 @@ import shutil
 import signal
 import sys
 import tomllib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -29,33 +31,46 @@ LOCK_POLL_S = 0.1
 TAIL = 12  # lines of pip's that a fault brings
 
 
-def requirements_of(plugin: str, source: Path | None) -> list[str]:
+def requirements_of(plugin: str, source: Path | None, extras: Sequence[str] = ()) -> list[str]:
     """What the plugin asks for, without the SDK and the contracts: from the artifact's pyproject.toml, or the installed
-    distribution's metadata. ClientFault that names the line that is no requirement."""
+    distribution's metadata. ClientFault that names the line that is no requirement, or the extra that there is not."""
     if source is not None:
         file = source / "pyproject.toml"
-        where, lines = str(file), _declared(file) if file.exists() else []
+        where, lines, known = str(file), *(_declared(file, extras) if file.exists() else ([], []))
     else:
         owners = [point.dist for point in importlib.metadata.entry_points(group=GROUP, name=plugin) if point.dist]
         where, lines = f"plugin {plugin}", [line for owner in owners for line in owner.requires or []]
-    return sorted({str(r) for r in _parsed(lines, where) if _normal(r) not in NOT_FETCHED})
+        known = [extra for owner in owners for extra in owner.metadata.get_all("Provides-Extra") or []]
+    if missing := [extra for extra in extras if extra not in known]:
+        raise ClientFault("invalid", f"{where} has no extra {missing[0]!r}, for which its manifest asks in [venv]",
+                          f"it has {', '.join(known) or 'none'}: correct one of them")  # fmt: skip
+    return sorted({_bare(r) for r in _parsed(lines, where, extras) if _normal(r) not in NOT_FETCHED})
 
 
-def _declared(file: Path) -> list[str]:
+def _bare(requirement: Requirement) -> str:
+    """Without its marker, which holds here; pip would ask again, and not know the extra."""
+    requirement.marker = None
+    return str(requirement)
+
+
+def _declared(file: Path, extras: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the requirements with those of `extras`, all extras that there are)"""
     try:
-        lines = tomllib.loads(file.read_text()).get("project", {}).get("dependencies", [])
-        return [str(line) for line in lines]
+        project = tomllib.loads(file.read_text()).get("project", {})
+        optional = project.get("optional-dependencies", {})
+        lines = [*project.get("dependencies", []), *(line for extra in extras for line in optional.get(extra, []))]
+        return [str(line) for line in lines], list(optional)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ClientFault("invalid", f"{file}: {error}", "[project] dependencies must be a list of requirements") from None
 
 
-def _parsed(lines: Iterable[str], where: str) -> Iterable[Requirement]:
+def _parsed(lines: Iterable[str], where: str, extras: Sequence[str] = ()) -> Iterable[Requirement]:
     for line in lines:
         try:
             requirement = Requirement(line)
         except InvalidRequirement as error:
             raise ClientFault("invalid", f"{where}: dependency {line!r}: {error}", 'write it as in "packaging>=24,<26"') from None
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             yield requirement
 
 
@@ -63,9 +78,9 @@ def _normal(requirement: Requirement) -> str:
     return requirement.name.lower().replace("_", "-")
 
 
-def _own_packages() -> dict[str, Path]:
-    """Distribution -> folder of its package, of those in OWN that are installed here, editable or not."""
-    return {name: folder for name, package in OWN.items() if (folder := package_folder(package))}
+def own_packages() -> list[Path]:
+    """The folders of the packages in OWN, installed here, editable or not."""
+    return [folder for package in OWN.values() if (folder := package_folder(package))]
 
 
 def _contents(folder: Path) -> str:
@@ -82,36 +97,32 @@ class Venvs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    async def get(self, requirements: list[str], output: Path) -> Path:
-        """The environment for `requirements`, built if there is none; pip's output is appended to `output`. KernelFault
-        "venv_failed" with pip's last lines."""
-        own = await asyncio.to_thread(_own_packages)
-        key = await asyncio.to_thread(self._key, requirements, own)
+    async def get(self, requirements: list[str], output: Path, without: Sequence[str] = ()) -> Path:
+        """The environment for `requirements`, built if there is none, from which the distributions `without` are taken out
+        again; pip's output is appended to `output`. KernelFault "venv_failed" with pip's last lines."""
+        needed = [str(r) for name in OWN for r in _parsed(importlib.metadata.requires(name) or [], name)
+                  if _normal(r) not in NOT_FETCHED]  # fmt: skip
+        requirements = sorted({*needed, *requirements})
+        parts = [requirements, sorted(without), sys.version, sys.prefix]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         place = self._folder / key
         self._folder.mkdir(parents=True, exist_ok=True)
         if not place.exists():
             async with _locked(self._folder / f"{key}.lock"):
                 if not place.exists():
-                    await self._build(place, requirements, own, output)
+                    await self._build(place, requirements, output, without)
         (place / ".used").touch()
         return place
 
-    def _key(self, requirements: list[str], own: dict[str, Path]) -> str:
-        parts = [requirements, sys.version, sys.prefix, {name: _contents(folder) for name, folder in own.items()}]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    async def _build(self, place: Path, requirements: list[str], own: dict[str, Path], output: Path) -> None:
+    async def _build(self, place: Path, requirements: list[str], output: Path, without: Sequence[str]) -> None:
         for left in self._folder.glob(f"{place.name}.building-*"):  # of a node that was killed; the lock is ours
             await asyncio.to_thread(shutil.rmtree, left, True)
         building = self._folder / f"{place.name}.building-{secrets.token_hex(4)}"
         try:
-            needed = [str(r) for name in own for r in _parsed(importlib.metadata.requires(name) or [], name)
-                      if _normal(r) not in NOT_FETCHED]  # fmt: skip
             python = building / "bin" / "python"
-            for command in _commands(building, python, sorted({*needed, *requirements})):
+            for command in _commands(building, python, requirements, without):
                 await _run(command, output, requirements)
-            site = building / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-            await asyncio.to_thread(_settle, building, place, site, own)
+            await asyncio.to_thread(_settle, building, place)
             (building / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements))
             building.rename(place)
         finally:
@@ -119,20 +130,21 @@ class Venvs:
                 await asyncio.to_thread(shutil.rmtree, building, True)
 
 
-def _commands(building: Path, python: Path, requirements: list[str]) -> list[list[str]]:
+def _commands(building: Path, python: Path, requirements: list[str], without: Sequence[str]) -> list[list[str]]:
     """With uv where it is to be had; else with venv and the node's own pip, so that none is copied into every environment."""
     beside = Path(sys.executable).parent
     if uv := shutil.which("uv", path=os.pathsep.join([str(beside), os.environ.get("PATH", "")])):
-        return [[uv, "venv", "--quiet", "--python", sys.executable, str(building)],
-                [uv, "pip", "install", "--python", str(python), *requirements]]  # fmt: skip
-    return [[sys.executable, "-m", "venv", "--without-pip", str(building)],
-            [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-input", "--progress-bar", "off", *requirements]]
+        commands = [[uv, "venv", "--quiet", "--python", sys.executable, str(building)],
+                    [uv, "pip", "install", "--python", str(python), *requirements]]  # fmt: skip
+        return [*commands, [uv, "pip", "uninstall", "--python", str(python), *without]] if without else commands
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    commands = [[sys.executable, "-m", "venv", "--without-pip", str(building)],
+                [*pip, "install", "--no-input", "--progress-bar", "off", *requirements]]  # fmt: skip
+    return [*commands, [*pip, "uninstall", "--yes", *without]] if without else commands
 
 
-def _settle(building: Path, place: Path, site: Path, own: dict[str, Path]) -> None:
-    """SDK and contracts as the node has them; scripts that name the place where the environment will be."""
-    for folder in own.values():
-        shutil.copytree(folder, site / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+def _settle(building: Path, place: Path) -> None:
+    """Scripts name the place where the environment will be."""
     for script in (building / "bin").iterdir():
         if script.is_file() and not script.is_symlink() and building.name.encode() in (text := script.read_bytes()):
             script.write_bytes(text.replace(building.name.encode(), place.name.encode()))

@@ -1,0 +1,53 @@
+"""What the compiled cleaning takes for granted: runs of eight bytes, and the characters that NFC leaves alone."""
+
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+
+from kernelm_contracts.data import Clean
+from kernelm_data.clean import cleaner as reference_cleaner
+from kernelm_data.corpus.cleaning import SURE, as_steps, cleaner, normalize
+
+PIECES = (*"aZ~!", " ", " ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\x7f", "\x1f", "\x00", "\u00e9", "\u00a0", "\u2028", "\u4e2d")
+HANGUL_VOWELS, HANGUL_FINALS = range(0x1161, 0x1176), range(0x11A8, 0x11C3)  # composed by rule (Unicode, section 3.12)
+
+
+@pytest.mark.parametrize("fields", [{}, {"drop_control": False}, {"collapse_whitespace": False}])
+def test_runs_of_eight_bytes_are_tidied_as_single_ones(fields):
+    dice, settings = random.Random(8), Clean(**fields)
+    ours, reference = cleaner(as_steps(settings)), reference_cleaner(settings)
+    for _ in range(6_000):
+        rare = dice.random()
+        size = dice.randrange(48)
+        text = "".join(dice.choice(PIECES) if dice.random() < rare else dice.choice("word") for _ in range(size))
+        cleaned, changes = ours(text.encode())
+        assert (cleaned.decode(), changes) == reference(text)
+
+
+@pytest.mark.parametrize("size", [65_520, 65_527, 65_528, 65_529, 65_535, 65_536, 65_544])
+def test_a_text_as_long_as_the_room_for_it(size):
+    cleaned, _ = cleaner(as_steps(Clean()))(b"ab  " * (size // 4) + b"c" * (size % 4))
+    assert cleaned == (b"ab " * (size // 4) + b"c" * (size % 4)).rstrip()
+
+
+def test_characters_taken_for_normalized_are_so_beside_any_other():
+    follows = {*HANGUL_VOWELS, *HANGUL_FINALS}  # what goes together with a character before it
+    for code in range(0x110000):
+        parts = unicodedata.decomposition(chr(code)).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            follows.add(int(parts[1], 16))
+    for code in (16 * int(block) + low for block in np.flatnonzero(SURE) for low in range(16)):
+        assert code not in follows, hex(code)
+        assert unicodedata.combining(chr(code)) == 0, hex(code)
+        assert unicodedata.normalize("NFC", chr(code)) == chr(code), hex(code)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_normalizing_line_by_line_is_normalizing_all(form):
+    dice, step = random.Random(9), normalize(form)
+    pieces = "a e\u0301\u00e9\u1e69s\u0323\u0307\n\r\u212b\ufb01\uac00\u11a8\u1100\u1161\u0928\u093c\u4e2d\U0001d15e\U0001f600"
+    for _ in range(4_000):
+        text = "".join(dice.choice(pieces) for _ in range(dice.randrange(24)))
+        assert step(text.encode()).decode() == unicodedata.normalize(form, text)

@@ -1,0 +1,1 @@
+"""`server/1` with vLLM."""
