@@ -143,7 +143,7 @@ class Compression:
         folder.mkdir(exist_ok=True)
         spent = self.state.spent_s + time.monotonic() - self.begun
         (folder / "compression.json").write_bytes(msgspec.json.encode(replace(self.state, spent_s=spent)))
-        await self.job.save(folder)
+        await self.job.save(folder, passing=True)
 
     async def _store(self, folder: Path, card: ModelCard) -> str:
         metadata: dict[str, Any] = {"name": card.name, "structure": card.structure, "precision": card.precision}

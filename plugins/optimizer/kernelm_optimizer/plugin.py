@@ -136,7 +136,7 @@ class _Search:
             folder.mkdir(exist_ok=True)
             trials = msgspec.Raw(msgspec.json.encode(self.study.trials if self.study else []))
             (folder / "search.json").write_bytes(msgspec.json.encode(_State(self._spent(), self.submitted, trials)))
-            await self.job.save(folder)
+            await self.job.save(folder, passing=True)
 
     def _spent(self) -> float:
         """Seconds that this search has taken so far, in all attempts."""

@@ -169,6 +169,7 @@ class World:
         self.real, self.scratch, self.store_folder = real, scratch, folder
         self.log = logging.getLogger("optimizer")
         self.artifacts: dict[str, tuple[str, Path, dict[str, str]]] = {}
+        self.passing: set[str] = set()  # checkpoints that go when the next one is there
         self.jobs: dict[str, JobRecord] = {}
         self.events: list[CandidateMeasured] = []
         self.measured: list[tuple[str, tuple[str, ...]]] = []
@@ -193,6 +194,7 @@ class World:
     async def store(self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, **lineage: str) -> str:
         digest = f"sha256:{len(self.artifacts)}"
         shutil.copytree(folder, self.store_folder / str(len(self.artifacts)))
+        self.passing |= {digest} if (metadata or {}).get("passing") else set()
         self.artifacts[digest] = (kind, self.store_folder / str(len(self.artifacts)), lineage)
         return digest
 

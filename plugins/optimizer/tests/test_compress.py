@@ -84,6 +84,7 @@ async def test_who_takes_over_makes_nothing_again(here, monkeypatch):
         with pytest.raises(RuntimeError, match="killed"):
             await here.compress("prune", job, prune=Prune(width=0.5), train=RECOVER)
     assert here.trainings == 1
+    assert here.passing == {d for d, (kind, *_) in here.artifacts.items() if kind == "checkpoint"} >= {job.checkpoint}
     monkeypatch.setattr(pruning, "prune", dies)
     found = await here.compress("prune", here.job(2, job.checkpoint), prune=Prune(width=0.5), train=RECOVER)
     assert here.trainings == 1

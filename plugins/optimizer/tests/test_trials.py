@@ -109,6 +109,7 @@ async def test_a_search_that_is_taken_over_goes_on_with_the_same_trials(world):
     train, world.train = world.train, dies
     with pytest.raises(RuntimeError, match="killed"):
         await world.search(job=job, search=search, quantize=False, budget_s=3600.0)
+    assert world.passing == {d for d, (kind, *_) in world.artifacts.items() if kind == "checkpoint"} > {job.checkpoint}
     world.train = train
     found = await world.search(job=world.job(2, job.checkpoint), search=search, quantize=False, budget_s=3600.0)
     assert [t["parameters"] for t in trials_of(world, found)] == [t["parameters"] for t in whole]
@@ -183,7 +184,7 @@ async def test_a_search_that_is_taken_over_keeps_its_trials_while_it_submits_its
     (folder / "search.json").write_bytes(msgspec.json.encode({"spent_s": 1.0, "children": {}, "trials": before}))
     job = world.job(2, await world.store(folder, "checkpoint"))
     saved = []
-    monkeypatch.setattr(job, "save", lambda folder: _read(folder, saved))
+    monkeypatch.setattr(job, "save", lambda folder, **_: _read(folder, saved))
     await world.search(mine, job=job, search=searched(EPOCHS), quantize=False)
     assert all(trials and trials[0]["why"] == "the loss is nan" for trials in saved)
     assert len(saved) >= 2

@@ -34,7 +34,7 @@ async def make(request: IndexRequest, dataset: Path, job: Job, checkpoint_every_
         job.progress(0.98 * done / len(parts), "embed", f"{done:,} of {len(parts):,} passages", passages_per_s=rate)
         if time.monotonic() - saved > checkpoint_every_s and done < len(parts):
             blocks, saved = [np.concatenate(blocks)], time.monotonic()
-            await job.save(await job.in_thread(_keep, job.scratch, blocks[0]))
+            await job.save(await job.in_thread(_keep, job.scratch, blocks[0]), passing=True)
     documents = len({part.document for part in parts})
     card = IndexCard(request.name, documents, len(parts), made.shape[1], request.embedder, request.model, request.dataset,
                      request.words)  # fmt: skip
