@@ -6,14 +6,19 @@
 - Hugging Face's Trainer with its defaults (float32, eager), with the same model, data, batch, rate and schedule.
 
 Text: BBC News, tokens of a byte-level BPE that is learned from it, packed (texts/packing.py). Tokens/s are those of the steps
-after the first one, which compiles or warms up; the first ones' seconds are beside them. Each round has a seed of its own, which
-draws the parameters and the order of the batches; `losses` are the means of each trainer's last steps by round, to be compared with
-how they differ from round to round.
+after the first one, which compiles or warms up, with all that lies between them; the first ones' seconds are beside them. Each
+round has a seed of its own, which draws the parameters and the order of the batches; `losses` are the means of each trainer's last
+steps by round, to be compared with how they differ from round to round.
+
+While one trainer works nothing else of the benchmark does: the system is up for its own trainer alone, and is listened to and not
+asked, since whoever asks takes processor time of the two cores that it measures. `beside_percent` is the processor time that the
+system's other processes took beside the training, in percent of one core.
 
 Environment: ROUNDS, STEPS (6 at least). The defaults are for 8 minutes on two cores that do nothing else.
 """
 
 import asyncio
+import contextlib
 import math
 import os
 import subprocess
@@ -24,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
-from kernelm.testing.harness import System, until
-from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
+from kernelm.testing.harness import System
+from kernelm_contracts.jobs import JobChanged, JobName, JobProgress, JobRecord, Jobs, JobSpec
 from kernelm_contracts.trainer import Keep, TrainRequest
+from kernelm_sdk.events import Received
 from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import Artifacts, PoolSpec, PutArtifact, Resources
 
@@ -44,6 +51,7 @@ STEPS = int(os.environ.get("STEPS", "12"))
 CORES = os.cpu_count() or 1
 LENGTH, BATCH, VOCABULARY = 256, 8, 8192
 LAST = 5  # steps whose mean loss is compared
+END = STEPS // LAST * LAST  # the last one of them: Hugging Face's Trainer tells the mean of so many at a time
 RATE = 1e-4
 LLAMA = {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376,
          "max_position_embeddings": LENGTH, "tie_word_embeddings": True}  # fmt: skip
@@ -93,7 +101,7 @@ class Steps:
 
     def measured(self) -> Measured:
         seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-        known = [loss for loss in self.losses[-LAST:] if math.isfinite(loss)]  # Hugging Face's is logged now and then
+        known = [loss for loss in self.losses[END - LAST : END] if math.isfinite(loss)]  # Hugging Face's is logged now and then
         return Measured(BATCH * LENGTH / seconds, self.times[0] - self.began, sum(known) / len(known))
 
 
@@ -150,28 +158,53 @@ def elsewhere(what: str, folder: Path, seed: int) -> Measured:
     return msgspec.json.decode(done.stdout.splitlines()[-1], type=Measured)
 
 
-async def under_kernel(system: System, dataset: str, seed: int) -> Measured:
-    """As a job; its steps are followed through the job's record."""
-    spec = JobSpec(f"llama {seed}", "trainer/1.train", msgspec.to_builtins(request(dataset, seed)), Resources(float(CORES), 4000))
-    job: JobRecord = await system.admin.call(Jobs.submit, spec)
-    losses: dict[float, float] = {}
+class Beside:
+    """Processor time of this process, which is the kernel, and of its children, but for the one that works most: the trainer."""
 
-    async def over() -> JobRecord | None:
-        now: JobRecord = await system.admin.call(Jobs.get, JobName(job.id))
-        if now.state == "dead":
-            sys.exit(f"the job failed: {now.fault}")
-        if "loss" in now.progress.metrics:
-            losses[now.progress.metrics["step"]] = now.progress.metrics["loss"]
-        return now if now.state == "done" else None
+    def __init__(self) -> None:
+        self.looks: list[tuple[float, dict[int, float]]] = []  # two, as a look takes milliseconds itself
 
-    done = await until(over, 1800.0, "the training")
-    last = [loss for step, loss in losses.items() if step > STEPS - LAST]
-    return Measured(done.result["tokens_per_s"], 0.0, sum(last) / max(len(last), 1))
+    def look(self) -> None:
+        spent: dict[int, float] = {}
+        for process in (own := psutil.Process(), *own.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                spent[process.pid] = sum(process.cpu_times()[:2])
+        self.looks.append((time.monotonic(), spent))
+
+    def percent(self) -> float:
+        """Of one core, between the looks; NaN without two."""
+        if len(self.looks) < 2:
+            return math.nan
+        (begun, before), (ended, after) = self.looks
+        took = sorted(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
+        return 100 * sum(took[:-1]) / (ended - begun)
 
 
-async def measure(home: Path, corpus: Path) -> dict[str, list[Measured]]:
+class Followed:
+    """A job, as its events tell of it."""
+
+    def __init__(self) -> None:
+        self.losses: dict[float, float] = {}  # by step
+        self.beside = Beside()
+        self.over = asyncio.Event()
+
+    async def on_progress(self, received: Received) -> None:
+        assert isinstance(received.event, JobProgress)
+        if "loss" in (metrics := received.event.progress.metrics):
+            self.losses[metrics["step"]] = metrics["loss"]
+            if not self.beside.looks or (len(self.beside.looks) == 1 and metrics["step"] > STEPS - 3):
+                self.beside.look()
+
+    async def on_state(self, received: Received) -> None:
+        assert isinstance(received.event, JobChanged)
+        if received.event.state in ("done", "dead", "cancelled"):
+            self.over.set()
+
+
+async def under_kernel(home: Path, corpus: Path, seed: int) -> tuple[Measured, float]:
+    """As a job of a system that is up for nothing else; with what the system took beside it, in percent of one core."""
     installed, _ = find_manifests()
-    found: dict[str, list[Measured]] = {"kernel": [], "bare": [], "hugging face": []}
+    home.mkdir()
     async with System(home, manifests={name: msgspec.structs.replace(m, default=False) for name, m in installed.items()}) as system:
         await system.service("artifacts")
         await system.service("node", KERNELM_NODE_CPU=str(CORES), KERNELM_NODE_MEMORY_MB="16000")
@@ -179,27 +212,48 @@ async def measure(home: Path, corpus: Path) -> dict[str, list[Measured]]:
         await system.pool(PoolSpec("scheduler", "scheduler"))
         await system.pool(PoolSpec("trainer", "trainer"))
         dataset = (await system.admin.call(Artifacts.put, PutArtifact(str(corpus), "dataset"))).digest
-        with Progress(console=console) as progress:
-            task = progress.add_task("trainings", total=3 * ROUNDS)
-            for seed in range(ROUNDS):
-                for name in found:
-                    progress.update(task, description=f"round {seed + 1}: {name}")
-                    found[name].append(await under_kernel(system, dataset, seed) if name == "kernel" else
-                                       await asyncio.to_thread(elsewhere, name, corpus, seed))  # fmt: skip
-                    progress.update(task, advance=1)
-    return found
+        followed = Followed()
+        await system.admin.follow(followed.on_progress, "evt.job.progress.*")
+        await system.admin.follow(followed.on_state, "evt.job.state.*")
+        spec = JobSpec("llama", "trainer/1.train", msgspec.to_builtins(request(dataset, seed)), Resources(float(CORES), 4000))
+        job: JobRecord = await system.admin.call(Jobs.submit, spec)
+        async with asyncio.timeout(1800.0):
+            await followed.over.wait()
+        job = await system.admin.call(Jobs.get, JobName(job.id))
+    if job.state != "done":
+        sys.exit(f"the job is {job.state}: {job.fault}")
+    last = [loss for step, loss in followed.losses.items() if END - LAST < step <= END]
+    return Measured(job.result["tokens_per_s"], 0.0, sum(last) / max(len(last), 1)), followed.beside.percent()
+
+
+async def measure(folder: Path, corpus: Path) -> tuple[dict[str, list[Measured]], list[float]]:
+    found: dict[str, list[Measured]] = {"kernel": [], "bare": [], "hugging face": []}
+    beside: list[float] = []
+    with Progress(console=console, auto_refresh=False) as progress:
+        task = progress.add_task("trainings", total=3 * ROUNDS)
+        for seed in range(ROUNDS):
+            for name in found:
+                progress.update(task, description=f"round {seed + 1}: {name}", refresh=True)
+                if name == "kernel":
+                    measured, percent = await under_kernel(folder / f"home{seed}", corpus, seed)
+                    beside.append(percent)
+                else:
+                    measured = elsewhere(name, corpus, seed)
+                found[name].append(measured)
+                progress.advance(task)
+    return found, beside
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus"
-        home.mkdir()
+        corpus = Path(folder) / "corpus"
         corpus.mkdir()
         prepare(corpus)
-        found = uvloop.run(measure(home, corpus))
+        found, beside = uvloop.run(measure(Path(folder), corpus))
     rate = {name: median([m.tokens_per_s for m in all]) for name, all in found.items()}
     goals = {"vs_hf_trainer": rate["kernel"] / rate["hugging face"], "supervised_ratio": rate["bare"] / rate["kernel"]}
     finish("train", goals, conditions("torch", "transformers", "accelerate", rounds=ROUNDS, steps=STEPS), tokens_per_s=rate,
+           beside_percent=round(median(beside), 2),
            first_step_s={name: round(median([m.first_s for m in all]), 1) for name, all in found.items() if name != "kernel"},
            losses={name: [round(m.loss, 3) for m in all] for name, all in found.items()})  # fmt: skip
 

@@ -62,7 +62,7 @@ class Training:
         if self.position.compiled:
             self.objective = torch.compile(self.objective)
         self.peak = request.learning_rate or algorithms.LEARNING_RATES[request.algorithm]
-        self.warm = False
+        self.warm, self.since = False, 0.0  # since when the step under way takes its time
         self.started = time.monotonic() - self.position.elapsed_s
         self.saver = Saver(work, observer, processes.leads)
         self.meter = self._meter(observer)
@@ -71,10 +71,10 @@ class Training:
         """Train what is left, look at the validation split now and then, keep the best parameters."""
         here = self.position
         self.objective.train()
+        self.since = time.monotonic()
         try:
             while here.steps < self.steps:
                 for batch in self.batches()[here.step :]:
-                    began = time.monotonic()
                     rate = self.peak * rate_at(here.steps, self.steps, self.request.warmup, self.request.schedule)
                     algorithms.set_rate(self.optimizers, rate)
                     loss, norm = self.gradients(batch)
@@ -82,7 +82,7 @@ class Training:
                     for optimizer in self.optimizers:
                         optimizer.step()
                         optimizer.zero_grad()
-                    self.count(batch, began)
+                    self.count(batch)
                     self.report(batch, loss, norm, rate)
                     ended = here.step == self.epoch_steps or here.steps == self.steps
                     if self.to_evaluate(ended):
@@ -135,14 +135,14 @@ class Training:
             clip_grads_with_norm_(parameters, self.request.max_grad_norm, norm)
         return loss_of_all, found
 
-    def count(self, batch: Rows, began: float) -> None:
-        here = self.position
+    def count(self, batch: Rows) -> None:
+        here, now = self.position, time.monotonic()
         here.step, here.steps = here.step + 1, here.steps + 1
         here.tokens += self.tokens(batch)
         if self.warm:  # the first step of an attempt compiles, or makes room
             here.timed_tokens += self.tokens(batch)
-            here.train_s += time.monotonic() - began
-        self.warm = True
+            here.train_s += now - self.since  # with what was told of the step before
+        self.warm, self.since = True, now
 
     def tokens(self, batch: Rows) -> int:
         return sum(int(self.task.lengths[i]) for i in batch)
@@ -168,6 +168,7 @@ class Training:
         self.meter.advance(0.0, "evaluate", "validation split", epoch=here.epoch + 1, step=here.steps,
                            validation_accuracy=scores.accuracy, validation_loss=scores.loss)  # fmt: skip
         self.objective.train()
+        self.since = time.monotonic()
 
     def evaluate(self, split: str) -> Scores:
         """Scores on a split, in float32 as the model will be served."""
@@ -195,6 +196,7 @@ class Training:
         best = self.best if self.request.keep.best else {}
         taken = checkpoint.take(self.position, self.model, self.optimizers, best, self.processes)
         self.saver.save(taken, self.position.steps, self.lasting())
+        self.since = time.monotonic()
 
     def take_best(self) -> None:
         parameters = checkpoint.trained(self.model)

@@ -1,6 +1,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -146,3 +147,20 @@ def test_progress_rises_and_tells_what_one_wants_to_know(corpus: Corpus, tiny_be
     assert all({"loss", "learning_rate", "tokens_per_s", "left_s", "step", "gradient_norm"} <= set(m) for m in steps)
     assert all(0 <= m["left_s"] < 100 * took for m in steps)
     assert steps[-1]["left_s"] < steps[0]["left_s"]
+
+
+def test_the_speed_counts_what_is_told_and_not_what_is_evaluated(
+    corpus: Corpus, tiny_bert: Path, tmp_path: Path, recorder, monkeypatch
+) -> None:  # fmt: skip
+    now = 0.0
+
+    def told(fraction: float, phase: str, message: str = "", **metrics: float) -> None:
+        nonlocal now
+        now += 1.0 if phase.startswith("train") else 100.0
+
+    monkeypatch.setattr(recorder, "progress", told)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    request = msgspec.structs.replace(REQUEST, checkpoint_every_s=1e9)
+    tuning = Training(request, Classification(request, corpus, tiny_bert), tmp_path, recorder, None)
+    tuning.run()
+    assert tuning.position.train_s == 12  # of 14 steps, 7 an epoch: before the first nothing was told, and before the eighth looked
