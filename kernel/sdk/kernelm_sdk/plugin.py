@@ -142,7 +142,7 @@ class Job(Call):
 
     async def save(self, folder: Path, *, passing: bool = False, **metadata: Any) -> str:
         """Store `folder` as a checkpoint and make it the one to resume from; its digest. A `passing` one is erased once a later
-        one is on record. ClientFault "stale_epoch" if the job has another owner by now: then nothing was changed."""
+        one, or the result, is on record. ClientFault "stale_epoch" if the job has another owner: nothing was changed then."""
         self.raise_if_cancelled()
         lineage = {"job": self.id} | ({"before": self.checkpoint} if self.checkpoint else {})
         digest = await self.context.store(folder, "checkpoint", metadata | ({"passing": True} if passing else {}), **lineage)

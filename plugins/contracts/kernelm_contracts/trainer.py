@@ -95,8 +95,8 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Keep(Struct, frozen=True, forbid_unknown_fields=True):
-    """What stays in the store: the last checkpoint, from which a job goes on, and these. Others are erased once a later one is on
-    record."""
+    """What stays in the store: the last checkpoint, from which a job goes on, until it is done, and these. Others are erased once a
+    later one is on record."""
 
     best: bool = True  # in each checkpoint, the parameters that were best on the validation split, which become the model
     every: int = 0  # a checkpoint each so many steps, whatever `checkpoint_every_s` says; 0 for none

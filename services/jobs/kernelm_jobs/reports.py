@@ -40,7 +40,7 @@ class Reports:
         job = self._table.jobs.need(report.job)
         if self._repeated(job, report, caller):
             if job.state == "done":
-                await self._intake.keep(job)
+                await self._over(job)
             return
         self._fence(job, report, caller)
         if caller != job.instance:
@@ -124,6 +124,11 @@ class Reports:
         epoch, checkpoints = self._checkpoints.get(job.id, (0, []))
         return checkpoints if epoch == job.epoch else []
 
+    async def _over(self, done: JobRecord) -> None:
+        """Its result is on record. Again where the answer was lost: this service may have been killed before it came here."""
+        await self._intake.keep(done)
+        self._dispatcher.spawn(self._passing.end(done))
+
     async def _result(self, job: JobRecord, report: Report, caller: str) -> None:
         """A result that is none fails the attempt, and says so to the one who sent it."""
         try:
@@ -138,7 +143,7 @@ class Reports:
                 raise
             fault = PluginFault("too_large", f"result of {job.spec.uses} from {caller}: {refusal.message}", refusal.remedy)
         else:
-            await self._intake.keep(done)
+            await self._over(done)
             self._dispatcher.dissolve(job, "rank 0 is done")
             return
         await self._dispatcher.fail(job, fault.body())
