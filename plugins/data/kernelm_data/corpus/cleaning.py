@@ -38,17 +38,34 @@ def _special() -> Bytes:
 SPECIAL = _special()
 
 
+UNSURE = 255
+
+
+def _classes() -> Bytes:
+    """Of the code points below 0x3000 the canonical combining class, UNSURE for what NFC changes or puts together with a character
+    before it: the quick check of Unicode's annex 15."""
+    characters = list(map(chr, range(0x3000)))
+    table = np.fromiter(map(unicodedata.combining, characters), np.uint8, len(characters))
+    for code, character in enumerate(characters):
+        parts = unicodedata.decomposition(character).split()
+        if len(parts) == 2 and not parts[0].startswith("<") and (second := int(parts[1], 16)) < len(table):
+            table[second] = UNSURE
+        if not unicodedata.is_normalized("NFC", character):
+            table[code] = UNSURE
+    table[0x1161:0x1200] = UNSURE  # Hangul is composed by rule
+    return table
+
+
 def _sure() -> Bytes:
-    """By blocks of 16 code points, 1 where NFC leaves each as it is, whatever stands beside it; frequent blocks only."""
+    """By blocks of 16 code points, 1 where NFC leaves each as it is, whatever stands beside it; frequent blocks from 0x3000 on."""
     table = np.zeros(0x2000, np.uint8)
-    for first, last in ((0x00, 0x2F), (0x39, 0x47), (0x49, 0x58), (0x1E0, 0x1EF), (0x201, 0x20C), (0x215, 0x231), (0x233, 0x2AC),
-                        (0x2B0, 0x2BF), (0x300, 0x301), (0x303, 0x308), (0x30A, 0x31F), (0x340, 0x4DB), (0x4E0, 0x9FF),
-                        (0xAC0, 0xD79), (0xFF0, 0xFFE), (0x1F30, 0x1FAF)):  # fmt: skip
+    for first, last in ((0x300, 0x301), (0x303, 0x308), (0x30A, 0x31F), (0x340, 0x4DB), (0x4E0, 0x9FF), (0xAC0, 0xD79),
+                        (0xFE0, 0xFE1), (0xFF0, 0xFFE), (0x1F00, 0x1FAF)):  # fmt: skip
         table[first : last + 1] = 1
     return table
 
 
-SURE, ASCII_ONLY = _sure(), np.zeros(0, np.uint8)
+CLASSES, SURE, NONE = _classes(), _sure(), np.zeros(0, np.uint8)
 
 # of lines that belong to a site and to no document; C4 and jusText list the same kinds
 BOILERPLATE = (
@@ -135,8 +152,8 @@ def normalize(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
     def mend(line: str) -> str:
         return line if unicodedata.is_normalized(form, line) else unicodedata.normalize(form, line)
 
-    table = SURE if form == "NFC" else ASCII_ONLY
-    return lambda text: mended(text, lambda array, start: unsure(array, table, start), mend)
+    classes, sure = (CLASSES, SURE) if form == "NFC" else (NONE, NONE)
+    return lambda text: mended(text, lambda array, start: unsure(array, classes, sure, start), mend)
 
 
 def drop_boilerplate(max_words: int) -> Step:

@@ -82,7 +82,8 @@ async def prepare_corpus(request: PrepareRequest, job: Job, settings: DataSettin
     """Prepare a corpus into `out`; goes on from the job's checkpoint if it has one."""
     if request.engine == "local":
         pool.get_ready()  # while this process imports the pipeline
-    from kernelm_data.corpus.pipeline import Sources, prepare
+    with pool.rare_collections():
+        from kernelm_data.corpus.pipeline import Sources, prepare
 
     inputs = inputs_of(request, settings)
     artifact = job.context.artifact

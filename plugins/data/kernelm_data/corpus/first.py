@@ -16,6 +16,7 @@ from kernelm_data.corpus import kernels
 from kernelm_data.corpus.arrays import binaries, fixed, strings
 from kernelm_data.corpus.books import EXCERPT, Example, Lost, ShardBook, StepBook
 from kernelm_data.corpus.cleaning import as_steps, cleaner
+from kernelm_data.corpus.compiled import load_kernels
 from kernelm_data.corpus.formats import Record, records
 from kernelm_data.corpus.inputs import Piece
 from kernelm_data.corpus.language import Languages, wanted
@@ -75,6 +76,7 @@ class Steps:
     """The steps with their tools, made once a process."""
 
     def __init__(self, plan: Plan) -> None:
+        load_kernels()
         request = plan.request
         self.plan, self.request = plan, request
         self.clean = cleaner(request.steps or as_steps(request.clean))

@@ -17,7 +17,7 @@ Hashes = npt.NDArray[np.uint64]
 PRIME = np.uint64(0x9E3779B97F4A7C15)
 SHIFT = np.uint64(29)
 MIX = np.uint64(0xBF58476D1CE4E5B9)
-ZERO, ONE = np.uint64(0), np.uint64(1)
+ZERO, ONE, HALF = np.uint64(0), np.uint64(1), np.uint64(32)
 
 # classes of characters
 LETTER, BLANK, BREAK, CONTROL, MARK, ALONE, CARRIAGE = 0, 1, 2, 3, 4, 5, 6
@@ -196,20 +196,26 @@ def adjacent(text: Bytes, special: Bytes, start: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def unsure(text: Bytes, sure: Bytes, start: int) -> int:
-    """Where, from `start` on, a character stands that is none of those, by 16 code points each, that `sure` marks; or -1."""
-    i, end = start, len(text)
+def unsure(text: Bytes, classes: Bytes, sure: Bytes, start: int) -> int:
+    """Where, from `start` on, a character stands that normalizing might change, or -1. `classes`: by code point its combining
+    class, which may fall to 0 only, or 255 where it might change; beyond, by 16 code points each, `sure` has 1 for class 0."""
+    i, end, before = start, len(text), 0
     while i < end:
         if i + 8 <= end and get(text, i) & HIGH == ZERO:
-            i += 8
+            i, before = i + 8, 0
         elif text[i] < 0x80:
-            i += 1
+            i, before = i + 1, 0
         else:
             size = width(text[i])
-            block = code_point(text, i, size) >> 4
-            if block >= len(sure) or not sure[block]:
+            code = code_point(text, i, size)
+            kind = 255
+            if code < len(classes):
+                kind = classes[code]
+            elif code >> 4 < len(sure) and sure[code >> 4]:
+                kind = 0
+            if kind == 255 or 0 < kind < before:
                 return i
-            i += size
+            i, before = i + size, kind
     return -1
 
 
@@ -303,13 +309,22 @@ def shingles(text: Bytes, bounds: Bounds, words: int, gram: int, out: Hashes) ->
     return n
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True)
 def sketch(grams: Hashes, a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32], out: npt.NDArray[np.uint32]) -> None:
     """MinHash: for each permutation x -> a x + b (mod 2^32, a odd) the least value over all n-grams."""
     for j in range(len(out)):
         out[j] = 0xFFFFFFFF
-    for i in range(len(grams)):
-        x = np.uint32(grams[i] >> np.uint64(32))
+    for i in range(0, len(grams) - 3, 4):  # four at a time: a, b and out are read once for them
+        x, y = np.uint32(grams[i] >> HALF), np.uint32(grams[i + 1] >> HALF)
+        z, w = np.uint32(grams[i + 2] >> HALF), np.uint32(grams[i + 3] >> HALF)
+        for j in range(len(out)):
+            p, q = np.uint32(np.uint32(a[j] * x) + b[j]), np.uint32(np.uint32(a[j] * y) + b[j])
+            r, s = np.uint32(np.uint32(a[j] * z) + b[j]), np.uint32(np.uint32(a[j] * w) + b[j])
+            p, r = p if p < q else q, r if r < s else s
+            p = p if p < r else r
+            out[j] = p if p < out[j] else out[j]
+    for i in range(len(grams) & ~3, len(grams)):
+        x = np.uint32(grams[i] >> HALF)
         for j in range(len(out)):
             value = np.uint32(np.uint32(a[j] * x) + b[j])
             out[j] = value if value < out[j] else out[j]

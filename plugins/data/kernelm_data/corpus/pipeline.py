@@ -23,6 +23,7 @@ from kernelm_contracts.data import DatasetCard, Input, Manifest, PrepareRequest
 from kernelm_data.corpus import pool
 from kernelm_data.corpus.assemble import assemble
 from kernelm_data.corpus.books import ShardBook, StepBook
+from kernelm_data.corpus.compiled import load_kernels
 from kernelm_data.corpus.first import first
 from kernelm_data.corpus.inputs import Piece, pieces, shards
 from kernelm_data.corpus.near import Outcome, deduplicate
@@ -97,6 +98,7 @@ def prepare(sources: Sources, request: PrepareRequest, work: Path, out: Path, sa
     engine = engine or (pool.Crew(workers) if workers else pool.Here())
     try:
         with pool.rare_collections():
+            load_kernels()
             return _prepare(sources, request, work, out, say, engine, key, save)
     finally:
         engine.stop()

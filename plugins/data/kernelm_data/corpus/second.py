@@ -86,15 +86,16 @@ class Writer:
         book.documents[self.split] = book.documents.get(self.split, 0) + batch.num_rows
         if self._encoder is not None:
             if self._packer is not None:
-                offsets, ids = self._encoder.plain(texts_of(texts))
-                self._pack(self._packer.add(offsets, ids))
+                each = self._encoder.each(texts_of(texts))
+                sizes = [len(ids) for ids in each]
+                self._pack(self._packer.add(each))
             else:
                 offsets, ids, cut = self._encoder.whole(texts_of(texts), self.plan.request.tokenize.max_tokens)
                 book.cut += cut
-                columns["input_ids"] = lists(offsets, ids)
-            book.tokens[self.split] = book.tokens.get(self.split, 0) + len(ids)
+                columns["input_ids"], sizes = lists(offsets, ids), np.diff(offsets).tolist()
+            book.tokens[self.split] = book.tokens.get(self.split, 0) + sum(sizes)
             if len(book.token_lengths) < 2000:
-                book.token_lengths += np.diff(offsets)[:500].tolist()
+                book.token_lengths += sizes[:500]
         table = pa.table(columns)
         if self._rows is None:
             self._rows = self._open(self.split, table.schema)

@@ -56,15 +56,18 @@ class Encoder:
 
     def plain(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], Ids]:
         """The ids of the texts one after the other without special tokens around them, and where each begins and ends."""
-        if self._fast is not None:
-            found = [self._fast.encode(text) for text in texts]
-        else:
-            assert self._tokenizer is not None
-            encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
-            found = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        found = self.each(texts)
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(ids) for ids in found], out=offsets[1:])
-        return offsets, np.concatenate(found).view(np.int32) if found else np.empty(0, np.int32)
+        return offsets, np.concatenate(found) if found else np.empty(0, np.int32)
+
+    def each(self, texts: Sequence[bytes]) -> list[Ids]:
+        """The ids of each text without special tokens around them."""
+        if self._fast is not None:
+            return [self._fast.encode(text).view(np.int32) for text in texts]
+        assert self._tokenizer is not None
+        encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def whole(self, texts: Sequence[bytes], most: int) -> tuple[npt.NDArray[np.int64], Ids, int]:
         """The same with special tokens, cut at `most` tokens; and how many were cut."""
@@ -147,22 +150,18 @@ class Packer:
     """Documents one after the other in sequences of one length, a separator after each; the last may be shorter."""
 
     def __init__(self, length: int, separator: int) -> None:
-        self._length, self._separator = length, separator
+        self._length, self._separator = length, np.array([separator], np.int32)
         self._ids = np.empty(0, np.int32)
         self._starts = np.empty(0, np.int64)
 
-    def add(self, offsets: npt.NDArray[np.int64], ids: Ids) -> Sequences:
+    def add(self, documents: Sequence[Ids]) -> Sequences:
         """The sequences that are full now."""
-        left = len(self._ids)
-        joined = np.full(left + len(ids) + len(offsets) - 1, self._separator, np.int32)
-        joined[:left] = self._ids
-        where = left + offsets[:-1] + np.arange(len(offsets) - 1)  # of each document
-        mask = np.ones(len(joined), np.bool_)
-        mask[:left] = False
-        mask[where + np.diff(offsets)] = False
-        joined[mask] = ids
-        self._ids, self._starts = joined, np.concatenate([self._starts, where])
-        return self._take(len(joined) // self._length)
+        begins = np.cumsum([len(self._ids), *(len(ids) + 1 for ids in documents)])[:-1]
+        parts = [self._ids]
+        for ids in documents:
+            parts += (ids, self._separator)
+        self._ids, self._starts = np.concatenate(parts), np.concatenate([self._starts, begins])
+        return self._take(len(self._ids) // self._length)
 
     def rest(self) -> Sequences:
         """What is left at the end: one sequence, or none."""
