@@ -1,5 +1,6 @@
-"""Inputs that change between two attempts of a job, and keep their size: what was read of them before is not taken."""
+"""Inputs that change between two attempts of a job, or during one, and keep their size: what was read before is not taken."""
 
+import gzip
 import json
 import os
 import threading
@@ -9,9 +10,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 import pytest
 
-from kernelm_contracts.data import Input, PrepareRequest, Split, Store, Train
+from kernelm_contracts.data import Input, Limits, PrepareRequest, Split, Store, Train
+from kernelm_data.corpus.formats import records
+from kernelm_data.corpus.inputs import pieces
 from kernelm_data.corpus.pipeline import Sources, prepare
+from kernelm_data.corpus.remote import Remote
 from kernelm_data.corpus.store import Rows
+from kernelm_sdk.errors import PluginFault
 
 
 class StoppedError(Exception):
@@ -29,8 +34,9 @@ class Attempts:
     def __init__(self, folder, given, artifact=None):
         self.folder, self.given, self.artifact = folder, given, artifact
 
-    def run(self, stop=""):
-        """Until the phase `stop` begins, or to the end: the words that the texts begin with."""
+    def run(self, stop="", meanwhile=lambda: None):
+        """Until the phase `stop` begins, or to the end: the words that the texts begin with. `meanwhile` is called before each
+        shard is read."""
         out = self.folder / "out"
         out.mkdir(exist_ok=True)
         (self.folder / "work").mkdir(exist_ok=True)
@@ -40,6 +46,8 @@ class Attempts:
         def say(fraction, phase, *_):
             if phase == stop:
                 raise StoppedError
+            if phase == "read" and fraction > 0:
+                meanwhile()
 
         prepare(Sources((self.given,), (self.artifact,)), request, self.folder / "work", out, say)
         rows = Rows(out)
@@ -62,6 +70,75 @@ def test_a_local_file_that_was_written_over_is_read_again(tmp_path):
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # however coarse the clock of the file system is
     assert attempts.run() == {"Bonn"}
     assert all(attempts.times()[shard] != time for shard, time in before.items())
+
+
+def write_over(path, data):
+    """As another process would, but however coarse the clock of the file system is."""
+    before = path.stat().st_mtime_ns
+    path.write_bytes(data)
+    os.utime(path, ns=(0, before + 1))
+
+
+def test_a_local_file_that_is_written_over_during_an_attempt_makes_no_dataset(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(lines("Oslo"))
+    attempts = Attempts(tmp_path, Input(url=str(path)))
+    with pytest.raises(PluginFault) as caught:
+        attempts.run(meanwhile=lambda: write_over(path, lines("Bonn")) if attempts.times() else None)  # some shards are done
+    assert (caught.value.code, caught.value.retriable) == ("input_changed", True)
+    assert attempts.times()
+    assert attempts.run() == {"Bonn"}
+
+
+@pytest.mark.parametrize(("name", "pack"), [("in.jsonl", bytes), ("in.txt", bytes), ("in.jsonl.gz", gzip.compress)])
+def test_a_local_file_that_is_written_over_while_it_is_read(tmp_path, name, pack):
+    path = tmp_path / name
+    path.write_bytes(pack(lines("Oslo")))
+    (piece,) = pieces((Input(url=str(path)),), (None,), Store())
+    found = records(piece, Input(), Limits())
+    assert "Oslo" in str(next(found).data)
+    write_over(path, pack(lines("Bonn")))
+    with pytest.raises(PluginFault, match=name):
+        list(found)
+
+
+def test_a_packed_file_that_is_not_yet_written_to_its_end_is_changing_and_not_broken(tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    whole = gzip.compress(lines("Oslo"))
+    path.write_bytes(whole[:-100])
+    (piece,) = pieces((Input(url=str(path)),), (None,), Store())
+    assert list(records(piece, Input(), Limits()))[-1].broken == "truncated gz"  # nobody writes
+    found = records(piece, Input(), Limits())
+    next(found)
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(PluginFault, match="written to"):
+        list(found)
+
+
+class Gone:
+    """An open file whose connection is broken."""
+
+    def read(self, _):
+        raise ConnectionResetError
+
+    def close(self):
+        pass
+
+
+def test_a_file_elsewhere_that_is_another_one_when_its_connection_is_back():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/kernelm-changed/in.jsonl", lines("Oslo"))
+    try:
+        file = Remote("memory://kernelm-changed/in.jsonl")
+        assert b"Oslo" in file.read(100)
+        file._file = Gone()
+        assert b"line" in file.read(100)  # it is what it was
+        memory.pipe("/kernelm-changed/in.jsonl", lines("Bonn"))
+        file._file = Gone()
+        with pytest.raises(PluginFault, match=r"kernelm-changed/in\.jsonl"):
+            file.read(100)
+    finally:
+        memory.rm("/kernelm-changed", recursive=True)
 
 
 def test_a_tokenizer_of_text_that_is_gone_is_not_taken(tmp_path):

@@ -59,7 +59,7 @@ def records(piece: Piece, given: Input, limits: Limits) -> Iterator[Record]:
         return
     try:
         start = piece.start if piece.format == "jsonl" else 0
-        with opened(piece.path, piece.packing, limits, start) as stream:
+        with opened(piece.path, piece.packing, limits, start, piece.stamp) as stream:
             yield from READERS[piece.format](piece, stream, given, limits)
     except Broken as error:
         yield Record(piece.id, "text", b"", piece.format, broken=error.reason, detail=error.detail)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from kernelm_contracts.data import Input, Store
 from kernelm_data.corpus.remote import Found, Remote, listed
-from kernelm_data.corpus.streams import PACKINGS
+from kernelm_data.corpus.streams import PACKINGS, stamp_of
 from kernelm_sdk.errors import ClientFault
 
 FORMATS = ("html", "pdf", "text", "csv", "jsonl", "parquet", "warc", "zip", "tar")
@@ -74,7 +74,7 @@ def local(folder: Path) -> Iterator[Found]:
     """What there is in a folder; sorted. Symbolic links out of the folder are not followed."""
     root = folder.resolve()
     if root.is_file():
-        yield Found(root.name, str(root), root.stat().st_size, "", str(root.stat().st_mtime_ns))
+        yield Found(root.name, str(root), root.stat().st_size, "", stamp_of(root.stat()))
         return
     found = []
     for where, folders, files in os.walk(root):
@@ -90,7 +90,7 @@ def local(folder: Path) -> Iterator[Found]:
                 found.append(Found(inside, str(path), 0, "not a regular file"))
             else:
                 state = path.stat()
-                found.append(Found(inside, str(path), state.st_size, "", str(state.st_mtime_ns)))
+                found.append(Found(inside, str(path), state.st_size, "", stamp_of(state)))
     yield from sorted(found)
 
 

@@ -48,6 +48,13 @@ def refusal(url: str, error: BaseException) -> ClientFault | None:
     return refusal(url, error.__cause__) if error.__cause__ is not None else None
 
 
+def input_changed(name: str) -> PluginFault:
+    """The fault of an input that is another one by now: a part of what was and a part of what is must not make a dataset."""
+    return PluginFault("input_changed", f"{name} was written to while the job read its inputs",
+                       "the next attempt reads all inputs anew; copy what is still being written, or store it as an artifact",
+                       retriable=True)  # fmt: skip
+
+
 def check_address(url: str, field: str) -> None:
     """ClientFault `credentials_in_url` for an address with a password in it."""
     if "://" in url and urlsplit(url).password is not None:
@@ -68,7 +75,7 @@ def _options(url: str) -> dict[str, Any]:
 def _again(url: str, call: Callable[[], T], renew: Callable[[], None] = lambda: None) -> T:
     """The answer of `call`, tried up to TRIES times, over a new connection and after `renew` from the second time on. OSError for
     what asking again does not change, ClientFault for missing credentials; PluginFault `connection_lost`, which may be retried,
-    for all else."""
+    for all else, and what `call` raises of its own accord."""
     pause, last = PAUSE_S, ""
     for attempt in range(TRIES):
         try:
@@ -78,6 +85,8 @@ def _again(url: str, call: Callable[[], T], renew: Callable[[], None] = lambda: 
                 fsspec.get_filesystem_class(urlsplit(url).scheme).clear_instance_cache()  # those there are keep their connections
                 renew()
             return call()
+        except PluginFault:
+            raise
         except Exception as error:  # file systems raise what they like
             if (fault := refusal(url, error)) is not None:
                 raise fault from None
@@ -136,12 +145,13 @@ def _address(fs: Any, url: str, path: str) -> str:
 
 class Remote(io.RawIOBase):
     """A file, read in order or, where its server knows ranges, anywhere. Where a connection breaks, the file is opened anew and
-    read on from there, if it is as long as it was; fsspec's buffered files take no size for a line, so wrap this one."""
+    read on from there; PluginFault `input_changed` if it is another one by then, as its size and its ETag or time tell. fsspec's
+    buffered files take no size for a line, so wrap this one."""
 
     def __init__(self, url: str) -> None:
         self._url, self._at, self._size = url, 0, -1
         self._file: Any = _again(url, self._open)
-        self._size = self._length()
+        self._size, self._stamp = self._length(), self._state()
 
     def _open(self) -> Any:
         fs, path = _file_system(self._url)
@@ -155,6 +165,19 @@ class Remote(io.RawIOBase):
                 size = self._file.fs.info(getattr(self._file, "path", self._url)).get("size")
         return size if isinstance(size, int) else -1
 
+    def _state(self) -> str:
+        """The stamp of the file; "" where the server says nothing. S3 has told it already, HTTP has to be asked."""
+        with suppress(Exception):
+            entry = getattr(self._file, "details", None) or {}
+            return _stamp(entry if any(entry.get(name) is not None for name in STAMPS) else self._ask())
+        return ""
+
+    def _ask(self) -> dict[str, Any]:
+        fs, path = _file_system(self._url)
+        fs.invalidate_cache()
+        entry: dict[str, Any] = fs.info(path)
+        return entry
+
     def _drop(self) -> None:
         file, self._file = self.__dict__.get("_file"), None
         if file is not None:
@@ -164,8 +187,8 @@ class Remote(io.RawIOBase):
     def _renew(self) -> None:
         self._drop()
         self._file = self._open()
-        if (size := self._length()) != self._size:
-            raise ValueError(f"it had {self._size:,} bytes and has {size:,} now")
+        if self._length() != self._size or self._state() != self._stamp:
+            raise input_changed(self._url)
         self._go(self._at)
 
     def _go(self, at: int) -> None:

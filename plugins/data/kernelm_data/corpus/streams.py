@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import IO, Any, cast
 import zstandard
 
 from kernelm_contracts.data import Limits
-from kernelm_data.corpus.remote import Remote
+from kernelm_data.corpus.remote import Remote, input_changed
 
 PACKINGS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz", ".tgz": "gz", ".tbz2": "bz2", ".txz": "xz"}
 FREE = 16_000_000  # bytes that anything may unpack to
@@ -100,9 +101,10 @@ def unpack(packed: IO[bytes], packing: str, limits: Limits) -> IO[bytes]:
 
 
 @contextmanager
-def opened(path: str, packing: str, limits: Limits, start: int = 0) -> Iterator[IO[bytes]]:
+def opened(path: str, packing: str, limits: Limits, start: int = 0, stamp: str = "") -> Iterator[IO[bytes]]:
     """A file from byte `start` on: a local path, or a URL of fsspec. Raises `Broken` if it can't be opened, and PluginFault
-    `connection_lost` for one whose server is gone."""
+    `connection_lost` for one whose server is gone, `input_changed` for a local one whose state is not that of `stamp`, if given,
+    before it is read and afterwards."""
     try:
         remote = "://" in path
         file: Any = io.BufferedReader(Remote(path), BUFFER) if remote else open(path, "rb", BUFFER)  # noqa: PTH123, SIM115
@@ -111,7 +113,27 @@ def opened(path: str, packing: str, limits: Limits, start: int = 0) -> Iterator[
     with file:
         if start:
             file.seek(start)
-        yield unpack(file, packing, limits)
+        if remote or not stamp:
+            yield unpack(file, packing, limits)
+            return
+        check_unchanged(file, path, stamp)
+        try:
+            yield unpack(file, packing, limits)
+        except (Broken, *UNPACK_ERRORS):
+            check_unchanged(file, path, stamp)  # no wonder then
+            raise
+        check_unchanged(file, path, stamp)
+
+
+def stamp_of(state: os.stat_result) -> str:
+    """What tells whether a local file has been written to."""
+    return str(state.st_mtime_ns)
+
+
+def check_unchanged(file: IO[bytes], path: str, stamp: str) -> None:
+    """PluginFault `input_changed` if the open file has another stamp."""
+    if stamp_of(os.fstat(file.fileno())) != stamp:
+        raise input_changed(path)
 
 
 def read_all(stream: IO[bytes], limits: Limits) -> bytes:
