@@ -37,6 +37,25 @@ LABELLED = {
     "tech/064": ("Carolina Milanesi",),
     "tech/249": ("Marco Behrmann",),
 }  # fmt: skip
+# drawn and labelled before the detector was run on them, and not looked at when its rules were changed
+BLIND = {
+    "business/283": ("Naoki Kamiyama",),
+    "business/040": ("Peter McGuigan",),
+    "entertainment/179": (),
+    "entertainment/309": ("Javier Bardem", "Annette Bening", "Ana Geislerova", "Joel Schumacher", "Wong Kar-Wai",
+                          "Christophe Barratie", "Park Chan-Chook", "Wong"),
+    "entertainment/313": ("Jana Bennett", "Jane Lush", "Bennett"),
+    "politics/149": ("Tony Blair", "Ariel Sharon", "Mahmoud Abbas", "Yasser Arafat", "Paul Reynolds", "Abu Mazen", "Andrew Marr",
+                     "Blair", "Abbas", "Blai"),
+    "politics/045": ("David McLetchie", "Glenn Campbell", "McLetchie", "Glenn"),
+    "sports/264": ("David O'Leary", "Doug Ellis", "Roy Aitken", "Steve McGregor", "O'Leary", "David", "Roy", "Steve"),
+    "sports/478": ("Kim Clijsters", "Paul McNamee", "Jelena Dokic", "Monica Seles", "Clijsters", "Kim", "Dokic"),
+    "sports/178": ("Ashley Cole", "Robin van Persie", "Dennis Bergkamp", "Jose Antonio Reyes", "Thierry Henry", "Freddie Ljungberg",
+                   "Arturo Lupoli", "Quincy Owusu-Abeyie", "Jeremie Aliadiere", "Arsene Wenger", "Robert Pires", "Van Persie",
+                   "van Persie", "Aliadiere", "Wenger", "Lupoli", "Freddie", "Quincy", "Robin", "Pires", "Cole"),
+    "tech/203": ("Roger Bennett",),
+    "tech/214": (),
+}  # fmt: skip
 KNOWN = ("Tony Blair", "Gordon Brown", "Michael Howard", "Charles Kennedy", "Alan Greenspan", "Bill Gates", "Jack Straw",
          "Andy Roddick", "Roger Federer", "Jonny Wilkinson", "Steven Gerrard", "Martin Scorsese", "Clint Eastwood")  # fmt: skip
 LOCALES = ("en_US", "en_GB", "en_IN", "de_DE", "fr_FR", "es_ES", "it_IT", "pl_PL", "tr_TR", "nl_NL", "vi_VN", "id_ID")
@@ -71,14 +90,15 @@ def score(detector: Detector, labelled: list[tuple[str, list[tuple[int, int]]]],
     return covered / gold, 1 - false / found
 
 
-def test_english_articles_labelled_by_hand(detector):
+@pytest.mark.parametrize("articles", [LABELLED, BLIND], ids=["labelled", "blind"])
+def test_english_articles_labelled_by_hand(detector, articles):
     labelled = []
-    for name, names in LABELLED.items():
+    for name, names in articles.items():
         text = (NEWS / f"{name}.txt").read_text("utf-8", "replace")[:1500]
         labelled.append((text, mentions(text, names)))
-    recall, precision = score(detector, labelled, "English, 12 articles")
+    recall, precision = score(detector, labelled, f"English, {len(labelled)} articles")
     assert recall >= 0.85
-    assert precision >= 0.75  # bands and football clubs of two words are taken for persons
+    assert precision >= 0.8  # lists of bands are taken for persons
 
 
 def test_names_of_many_countries_in_english_sentences(detector):

