@@ -21,7 +21,7 @@ MB = 2**20
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: cgroup v2, v1
 MARGIN = 0.9  # of what is there may be used
 LIBRARIES = 120  # MB that torch and transformers take once the first step is done, beside all tensors
-PROBED = 64  # tokens of a row are enough to know what a token takes
+PROBED = 64  # tokens of a row, and twice and three times as many, are enough to know what the longest takes
 
 
 def choose(training: "Training", limit_mb: float) -> None:
@@ -68,18 +68,34 @@ def estimate(training: "Training") -> tuple[float, float]:
     """(MB that parameters take with all that is kept of them, MB that each row of the longest takes while it is computed).
 
     Parameters in float32, their gradients and the optimizer's states; the best parameters and, while a checkpoint is written,
-    a copy of all but those. For a row: what autograd keeps for the backward pass of a short one, by token.
+    a copy of all but those. What autograd keeps for the backward pass of a row is measured on short ones of three lengths: a part
+    that is there once (parameters in bfloat16, for autocast), one that grows with the tokens, and one with their square (scores of
+    attention that is not fused: with dropout, say).
     """
     own = sum(p.numel() * 4 for p in trained(training.model).values())
     still = sum(p.numel() * 4 for p in training.model.parameters()) - own
     lasting = own * (1 + STATES[training.request.algorithm])  # parameters and states
-    return LIBRARIES + (still + 2 * own + 2 * lasting) / MB, _row(training)
+    once, row = _kept(training)
+    return LIBRARIES + (still + 2 * own + 2 * lasting) / MB + once, row
 
 
-def _row(training: "Training") -> float:
+def _kept(training: "Training") -> tuple[float, float]:
+    """(MB that autograd keeps however many rows there are, MB for each of the longest)."""
     lengths = np.asarray(training.task.lengths)
-    rows = lengths.argsort()[-1:]  # the longest
-    inputs = [t[:, :PROBED] if t.ndim == 2 else t for t in training.task.inputs(rows)]
+    inputs = training.task.inputs(lengths.argsort()[-1:])
+    longest = max((t.shape[1] for t in inputs if t.ndim == 2), default=1)
+    step = max(1, min(PROBED, longest // 3))
+    training.task.objective.train()
+    one, two, three = (_kept_of(training, [t[:, : ceil(t.shape[1] * k * step / longest)] if t.ndim == 2 else t for t in inputs])
+                       for k in (1, 2, 3))  # fmt: skip
+    square = max(0.0, (one - 2 * two + three) / 2)  # of `step` tokens
+    linear = max(0.0, two - one - 3 * square)
+    times = longest / step
+    return max(0.0, one - linear - square) / MB, (linear * times + square * times**2) / MB
+
+
+def _kept_of(training: "Training", inputs: list[torch.Tensor]) -> int:
+    """Bytes."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
 
@@ -94,4 +110,4 @@ def _row(training: "Training") -> float:
         loss = training.task.objective(*inputs)
     torch.set_rng_state(state)
     del loss
-    return sum(kept.values()) / MB * int(lengths[rows[0]]) / min(PROBED, int(lengths[rows[0]]))
+    return sum(kept.values())
