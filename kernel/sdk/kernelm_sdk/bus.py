@@ -28,7 +28,6 @@ from kernelm_sdk.system import Dispatch
 DEFAULT_TIMEOUT_S = 30.0
 SETTLE_S = 0.1  # a message that the broker matched before a subscription was there may be on its way for so long; the broker
 # tries the next member of a queue group for it, and drops it where there is none
-GUARD_S = 0.25  # between two looks whether a connection is still there
 log = logging.getLogger("kernelm.bus")
 
 
@@ -99,10 +98,8 @@ class Bus(Storage):
         return link
 
     async def _guard(self, link: Link) -> None:
-        """What waits on a connection that is closed for good waits for nothing. Looked for, since nats-py's callback for it
-        does not come when the broker has shut us out."""
-        while not link.client.is_closed:  # noqa: ASYNC110 - as said
-            await asyncio.sleep(GUARD_S)
+        """What waits on a connection that is closed for good waits for nothing."""
+        await link.gone.wait()
         self._lost(link, "the connection to the broker is closed")
         if link is self._link:
             self.ended.set()

@@ -50,7 +50,19 @@ class Link:
         self.client, self.credentials = client, credentials
         self.inbox = f"_INBOX.{credentials.user}.{secrets.token_hex(16)}"
         self.held: set[str] = set()  # streams that still expect acknowledgements here
+        self.gone = asyncio.Event()  # it is closed for good
         self._own: ssl.SSLContext | None = None  # of the environment's certificates
+        client._close = self._closing(client._close)
+
+    def _closing(self, close: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        """What nats-py does to close, after having said so: its own callback does not come when the broker has shut us out."""
+
+        async def closing(status: int, do_cbs: bool = True) -> None:
+            if status == self.client.CLOSED:
+                self.gone.set()
+            await close(status, do_cbs)
+
+        return closing
 
     def jwt(self) -> bytearray:
         return bytearray(self.credentials.jwt.encode())
