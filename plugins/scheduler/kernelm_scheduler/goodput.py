@@ -1,11 +1,11 @@
 """Who gets how many devices of which type, over all elastic jobs at once: goodput, weighted by what is left.
 
 For jobs whose speed grows with a power of their devices, the average completion time is least when each job's speed counts the
-more the smaller it is among those that are there: to the power of its rank, from the largest (heSRPT: Berg, Vesilo,
-Harchol-Balter, Performance Evaluation 142, 2020). A job is worth, in one configuration, its speed relative to one device times that
-weight; the sum is maximized over all types by an integer program as Sia's (SOSP 2023, section 3.4). A change costs the restart over
-the time that the configuration is likely to last, and must bring `keep` more than that. Who runs, or has just been started, keeps
-its fewest members at least: the plan only hands out what the queue's order leaves over.
+more the smaller it is among those that are there (heSRPT: Berg, Vesilo, Harchol-Balter, Performance Evaluation 142, 2020). A job is
+worth, in one configuration, its speed relative to one device, divided by the root of its remaining work; the sum is maximized over
+all types by an integer program as Sia's (SOSP 2023, section 3.4). A change costs the restart over the time that the configuration
+is likely to last, and must bring `keep` more than that. Who runs, or has just been started, keeps its fewest members at least: the
+plan only hands out what the queue's order leaves over. Who finds no room waits for what pays, `patience_s` at most.
 """
 
 from collections.abc import Iterable
@@ -90,19 +90,16 @@ class Planning:
         options = {id: self._configurations(h.job, _present(h)) for id, h in self.known.items()}
         units = {id: _unit(found) for id, found in options.items() if found}
         left = {id: _left_s(self.known[id].job, one) for id, one in units.items()}
-        ranked = sorted(left, key=lambda id: (-left[id], id))
-        heads = [id for id, h in self.known.items() if not h.shares][: self.index.settings.preemption.heads]
         choices = []
-        for rank, id in enumerate(ranked, 1):
-            job, now, one = self.known[id].job, _present(self.known[id]), units[id]
-            fresh = isinstance(job, PendingJob)  # it starts anyway: no configuration costs more than another
+        for id, one in units.items():
+            job, now, weight = self.known[id].job, _present(self.known[id]), max(left[id], 1.0) ** -self.rules.small_first
+            fresh = isinstance(job, PendingJob)  # it starts anyway: what it was to start with is worth no more than another
             for target, rate in options[id]:
                 lasts = max(min(left[id] * one / rate + job.restart_s, self.rules.lasts_s), 1.0)
                 cost = 0.0 if fresh else min(job.restart_s / lasts, 1.0)
                 factor = 1.0 - cost if fresh or target != now else 1.0 + self.rules.keep + cost
-                bonus = len(ranked) * 1e3 if id in heads else 0.0  # who is first in the queue is not passed over
-                if factor > 0:
-                    choices.append(Choice(id, target, rank**self.rules.small_first * rate / one * factor + bonus))
+                if factor > 0 or fresh:
+                    choices.append(Choice(id, target, weight * rate / one * max(factor, 0.0)))
         return choices
 
     def _solved(self, choices: list[Choice]) -> dict[str, Target]:
@@ -115,14 +112,21 @@ class Planning:
         once = coo_array((np.ones(len(choices)), ([row[c.id] for c in choices], columns)), shape=(len(ids), len(choices)))
         needs = [float(c.target[1] * self.known[c.id].job.request.gpus) for c in choices]
         taken = coo_array((needs, ([types.index(c.target[0]) for c in choices], columns)), shape=(len(types), len(choices)))
-        least = [1.0 if self.known[id].shares else 0.0 for id in ids]
         values = np.array([c.worth for c in choices])
-        found = milp(-values / values.max(), integrality=np.ones(len(choices)), bounds=Bounds(0, 1),
-                     constraints=[LinearConstraint(once, least, 1.0), LinearConstraint(taken, ub=room)],
-                     options={"mip_rel_gap": 1e-3, "node_limit": 1000})  # fmt: skip
-        if found.x is None:
-            return {}
-        return {c.id: c.target for c, x in zip(choices, found.x, strict=True) if x > 0.5}
+        run, due = {id for id in ids if self.known[id].shares}, self._due()
+        for must in [run | due, run] if due else [run]:  # as a constraint: a large worth would hide all others in the solver's gap
+            least = [float(id in must) for id in ids]
+            found = milp(-values / (values.max() or 1.0), integrality=np.ones(len(choices)), bounds=Bounds(0, 1),
+                         constraints=[LinearConstraint(once, least, 1.0), LinearConstraint(taken, ub=room)],
+                         options={"mip_rel_gap": 1e-3, "node_limit": 1000})  # fmt: skip
+            if found.x is not None:
+                return {c.id: c.target for c, x in zip(choices, found.x, strict=True) if x > 0.5}
+        return {}
+
+    def _due(self) -> set[str]:
+        """The first of the queue, if they have waited so long that nobody is to pass them any more."""
+        first = [h.job for h in self.known.values() if not h.shares][: self.index.settings.preemption.heads]
+        return {job.id for job in first if self.index.now - job.submitted >= self.rules.patience_s}
 
     # ---- where ---------------------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,10 @@ class Elastic(Struct, frozen=True, forbid_unknown_fields=True):
     rest_s: float = 60.0  # no change of an allocation that is younger
     efficiency: float = 0.3  # a further member must add so much of what the first ones add each
     planned: int = 256  # up to so many elastic jobs are sized together (goodput.py); 0 for none
-    small_first: float = 0.8  # there, how much more small jobs count: the power of their rank from the largest; 0 for goodput alone
+    small_first: float = 0.5  # there, how much more small jobs count: the power of what is left; 0 for goodput alone
     keep: float = 0.2  # there, what a job has is worth so much more than a change
-    lasts_s: float = 3600.0  # there, so long a configuration is reckoned to last
+    lasts_s: float = 1200.0  # there, so long a configuration is reckoned to last
+    patience_s: float = 600.0  # there, after so long a wait the first of the queue are not passed over for goodput
 
 
 class Serving(Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +68,9 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("weights must not be negative")
         if min(self.stretch, self.stretch_s, self.urgency_s, self.preemption.rest_s, self.elastic.rest_s) < 0:
             raise ValueError("stretch, stretch_s, urgency_s and rest_s must not be negative")
-        if min(self.elastic.planned, self.elastic.small_first, self.elastic.keep) < 0 or self.elastic.lasts_s <= 0:
-            raise ValueError("elastic: planned, small_first and keep must not be negative, lasts_s above 0")
+        if min(self.elastic.planned, self.elastic.small_first, self.elastic.keep, self.elastic.patience_s) < 0:
+            raise ValueError("elastic: planned, small_first, keep and patience_s must not be negative")
+        if self.elastic.lasts_s <= 0:
+            raise ValueError("elastic: lasts_s must be above 0")
         if not 0 < self.serving.late < 1 or self.serving.spare < 1 or self.serving.drain_s <= 0 or self.serving.variation < 0:
             raise ValueError("serving: late lies between 0 and 1, spare is at least 1, drain_s above 0, variation not below")
