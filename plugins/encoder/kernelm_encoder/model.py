@@ -68,7 +68,7 @@ def open_model(folder: Path, threads: int = 0) -> Model:
     """
     refuse_pickles(folder)
     card = read_card(folder)
-    model = _implementation(card).load(folder, card, threads or cores())
+    model = _implementation(folder, card).load(folder, card, threads or cores())
     # The longest text that can come: a fault of shape shows now and not in a caller's answer, and memory is touched.
     try:
         model.run([model.tokenize("word " * max(card.max_tokens, 1))])
@@ -77,7 +77,7 @@ def open_model(folder: Path, threads: int = 0) -> Model:
     return model
 
 
-def _implementation(card: ModelCard) -> type[Model]:
+def _implementation(folder: Path, card: ModelCard) -> type[Model]:
     if card.structure == "tfidf-linear":
         from kernelm_encoder.tfidf_linear import TfidfLinear
 
@@ -90,6 +90,10 @@ def _implementation(card: ModelCard) -> type[Model]:
         from kernelm_encoder.torch_tagger import TorchTagger
 
         return TorchTagger
+    if card.structure == "encoder" and not (folder / "model.json").exists():
+        from kernelm_encoder.torch_classifier import TorchClassifier
+
+        return TorchClassifier
     from kernelm_encoder.torch_encoder import TorchEncoder
 
     return TorchEncoder
@@ -101,8 +105,13 @@ def cores() -> int:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """`model.json` of a model's folder; ClientFault "invalid_model" that names the field."""
+    """`model.json` of a model's folder, or what stands for it in one of Hugging Face's; ClientFault "invalid_model" that names
+    the field."""
     path = folder / "model.json"
+    if not path.exists() and (folder / "config.json").exists():
+        from kernelm_encoder.huggingface import card_of
+
+        return card_of(folder)
     try:
         card = msgspec.json.decode(path.read_bytes(), type=ModelCard)
     except (OSError, msgspec.DecodeError) as error:

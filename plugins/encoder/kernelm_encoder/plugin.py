@@ -66,7 +66,8 @@ class EncoderPlugin(Plugin, Server):
         answer = await self._answer(request.input)
         from kernelm_encoder.answers import rank
 
-        results = rank(answer.output.logits, self._model.card.labels, request.top)
+        card = self._model.card
+        results = rank(answer.output.logits, card.labels, request.top, multi=card.problem == "multi-label")
         return ClassifyReply(served.name, served.generation, served.artifact, results, answer.tokens, ms_since(started))
 
     async def embed(self, request: EmbedRequest, call: Call) -> EmbedReply:

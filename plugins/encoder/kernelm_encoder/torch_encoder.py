@@ -42,6 +42,8 @@ class TorchEncoder:
         ids, mask = (torch.from_numpy(array) for array in pad([document.features for document in documents]))
         with torch.inference_mode():
             hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            if self.card.request.get("pooling") == "cls":  # of a folder of sentence-transformers'
+                return Output(hidden[:, 0, :0].numpy(), hidden[:, 0].numpy())
             weights = mask.unsqueeze(-1).float()
             mean = (hidden * weights).sum(1) / weights.sum(1)
             logits = self._head(mean) if self._head else mean[:, :0]

@@ -1,7 +1,9 @@
 """The handlers, with artifacts from a folder instead of the store."""
 
 import asyncio
+import json
 import logging
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -70,6 +72,19 @@ async def refused(coroutine: Any, code: str) -> ClientFault:
         await coroutine
     assert caught.value.code == code
     return caught.value
+
+
+async def test_each_label_of_a_multi_label_model_has_a_probability_of_its_own(
+    serving: Serving, tfidf: Any, unseen: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    folder = shutil.copytree(tfidf[0], tmp_path / "multi")
+    card = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(card | {"problem": "multi-label"}))
+    async with serving(folder) as plugin:
+        logits = plugin._model.run([plugin._model.tokenize(unseen.texts[0])]).logits[0]
+        (row,) = (await plugin.classify(ClassifyRequest((unseen.texts[0],)), CALL)).results
+    each = dict(zip(plugin._model.card.labels, (1 / (1 + np.exp(-logits))).tolist(), strict=True))
+    assert {label.label: label.score for label in row} == pytest.approx(each, abs=1e-6)
 
 
 async def test_answers_say_who_gave_them(serving: Serving, tfidf: Any, unseen: Any) -> None:

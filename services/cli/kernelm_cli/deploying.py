@@ -53,6 +53,7 @@ MODEL = "model"  # the kind of an artifact
 BASE_MB, PER_MB = 1024, 1.25  # memory that is asked for: of a server with its libraries, and for each MB of the model's files
 WATCH_S = 60.0  # that a canary is watched, unless the command says so
 GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "MTModel")  # ends of such architectures' names in config.json
+ENCODING = ("ForSequenceClassification", "ForTokenClassification", "Model")
 ENCODERS = ("encoder", "frozen-linear", "tfidf-linear", "token-classification", "sentence-embedding")
 SERVED_BY = dict.fromkeys(ENCODERS, "encoder") | {"causal-lm": "generator", "seq2seq-lm": "generator"}  # structure -> plugin
 PUT_S = 600.0
@@ -299,8 +300,10 @@ def plugin_of(card: dict[str, Any], config: dict[str, Any]) -> str:
     """Which of kernelm's own servers takes a model with this `model.json` and `config.json` ({} for none); "" for none does."""
     if structure := card.get("structure"):
         return SERVED_BY.get(structure, "")
-    generates = any(str(architecture).endswith(GENERATIVE) for architecture in config.get("architectures") or ())
-    return "generator" if generates else ""
+    architecture = str(next(iter(config.get("architectures") or ()), ""))
+    if architecture.endswith(GENERATIVE):
+        return "generator"
+    return "encoder" if architecture.endswith(ENCODING) else ""
 
 
 async def _plugin_for(bus: Bus, artifact: Artifact) -> str:
