@@ -5,8 +5,11 @@ library and site-packages, /usr/share/doc). MB/s/core is MB of input by CPU seco
 other work on the machine counts for nobody. Ours runs before and after each rival. The usual chain gets all DATA_MB, datatrove,
 which is slow, a part of them, on which ours is measured too: `same_text` has the ratios over what both got.
 
-By default some 400 seconds of one core, half of them the usual chain's: 8 minutes if the machine is quiet; 5 GB of disk.
-A quick check: DATA_MB=20 DATA_PEER_MB=10 DATA_PEAK_MB=0 make bench-data. DATA_USUAL_MB gives the usual chain less, too.
+Its parts were measured on two busy cores, in CPU seconds: the usual chain 173 on 200 MB, datatrove 49 on 20 MB, ours 8 to 10 on
+200 MB (six runs) and 61 on 2,000 MB, training the tokenizer 15. The whole, in one piece, has not been timed yet. What is missing
+(packages, disk, memory) is said before anything is measured; every run is a line of build/bench/data/runs.jsonl at once, and one
+that fails leaves out its goals only. A quick check: DATA_MB=20 DATA_PEER_MB=10 DATA_PEAK_MB=0 make bench-data. DATA_USUAL_MB gives
+the usual chain less, too.
 """
 
 import ctypes
@@ -21,11 +24,13 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 from reporting import ROOT, conditions, finish, median, say
+from texts.rivals import datatrove, usual
 
 MB = float(os.environ.get("DATA_MB", "200"))
 USUAL_MB = float(os.environ.get("DATA_USUAL_MB", str(MB)))  # of these, the usual chain gets
@@ -38,7 +43,22 @@ ROOTS = [Path(p) for p in (os.environ["DATA_ROOTS"].split(":") if os.environ.get
 SUFFIXES = {".py", ".md", ".rst", ".txt", ".html"}
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 WORK = ROOT / "build" / "bench" / "data"
+NEEDED = ("datasketch", "datatrove", "ftfy", "gigatoken", "kernelm_data", "scipy", "spacy", "tokenizers", "trafilatura", "xxhash")
+MEMORY_GB = 4.0  # that have to be free: the exact similarities of `recalled` take the most
+SAY_S = 30  # between two signs of life of a run
 ONE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+
+
+def check_ready() -> None:
+    """SystemExit that names all that is missing."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    disk, memory = shutil.disk_usage(WORK).free / 1e9, psutil.virtual_memory().available / 1e9
+    needed = 2 + (9 * MB + 4.5 * PEAK_MB) / 1e3
+    lacks = [f"pip install {name}" for name in NEEDED if find_spec(name) is None]
+    lacks += [f"{needed:.0f} GB of disk at {WORK}, of which {disk:.1f} are free"] if disk < needed else []
+    lacks += [f"{MEMORY_GB:.0f} GB of memory, of which {memory:.1f} are free"] if memory < MEMORY_GB else []
+    if lacks:
+        raise SystemExit("bench-data needs " + "; ".join(lacks))
 
 
 def collect() -> tuple[list[Path], list[Path]]:
@@ -50,7 +70,7 @@ def collect() -> tuple[list[Path], list[Path]]:
     return [p for p in found if p.suffix != ".html"], [p for p in found if p.suffix == ".html"]
 
 
-def texts(files: list[Path]) -> Iterator[tuple[str, str]]:
+def decoded(files: list[Path]) -> Iterator[tuple[str, str]]:
     for path in files:
         try:
             text = path.read_bytes().decode()
@@ -67,7 +87,7 @@ def write_jsonl(files: list[Path], folder: Path, mb: float, parts: int, laps: in
     sinks = [(folder / f"{i:03}.jsonl").open("w") for i in range(parts)]
     size, n, lap = 0, 0, 0
     while size < mb * 1e6 and lap < laps:
-        for id, text in texts(files):
+        for id, text in decoded(files):
             more = text.replace(" ", f" lap{lap} ") if lap else text  # no near duplicate of the lap before
             sinks[n % parts].write(json.dumps({"id": f"{id}#{lap}", "text": more}, ensure_ascii=False) + "\n")
             size += len(more.encode())
@@ -96,7 +116,8 @@ def measured(part: str, *arguments: str, one: bool = True) -> dict[str, Any]:
     wall = time.monotonic() - began
     log.close()
     if child.returncode:
-        raise SystemExit(f"{part} failed: see {WORK / part}.log")
+        tail = (WORK / f"{part}.log").read_text("utf-8", "replace").strip().splitlines()[-1:]
+        raise PartError(f"{part} ended with {child.returncode}: {''.join(tail)} (all of it: {WORK / part}.log)")
     while True:
         try:
             os.wait()
@@ -108,8 +129,16 @@ def measured(part: str, *arguments: str, one: bool = True) -> dict[str, Any]:
     return result | {"cpu_s": round(cpu, 2), "wall_s": round(wall, 2), "peak_gb": round(peak[0] / 1e9, 3)}
 
 
+class PartError(RuntimeError):
+    """A part did not come to its end."""
+
+
 def _watch(pid: int, peak: list[int]) -> None:
+    began = said = time.monotonic()
     while True:
+        if (now := time.monotonic()) - said > SAY_S:
+            said = now
+            say(f"  ... {now - began:.0f} s")
         try:
             process = psutil.Process(pid)
             total = 0
@@ -125,9 +154,14 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 
 def ours(source: str, out: str, filters: str, workers: str, tokenizer: str) -> None:
-    """kernelm."""
+    """kernelm, as the plugin's process calls it."""
+    from kernelm_data.corpus import pool
+
+    if int(workers):
+        pool.get_ready()
+    with pool.rare_collections():
+        from kernelm_data.corpus.pipeline import Sources, prepare
     from kernelm_contracts.data import Filter, Input, Pack, PrepareRequest, Split, Store, Tokenize
-    from kernelm_data.corpus.pipeline import Sources, prepare
 
     shutil.rmtree(out, ignore_errors=True)
     (Path(out) / "dataset").mkdir(parents=True)
@@ -144,87 +178,6 @@ def ours(source: str, out: str, filters: str, workers: str, tokenizer: str) -> N
     sources = Sources((Input(artifact="sha256:bench"),), (Path(source),), Path(tokenizer))
     card = prepare(sources, request, Path(out) / "work", Path(out) / "dataset", lambda *_: None, workers=int(workers))
     print(json.dumps({"documents": card.splits["train"].documents, "tokens": card.splits["train"].tokens}))
-
-
-def usual(source: str, out: str, tokenizer: str) -> None:
-    """Regular expressions, datasketch, Hugging Face's tokenizers."""
-    import re
-    import unicodedata
-
-    from datasketch import MinHash, MinHashLSH
-    from tokenizers import Tokenizer
-
-    control, blanks, breaks, word = (
-        re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]"),
-        re.compile(r"[^\S\n]+"),
-        re.compile(r"\n{3,}"),
-        re.compile(r"\w+"),
-    )
-    model = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-    index = MinHashLSH(threshold=0.8, num_perm=128)
-    seen: set[str] = set()
-    kept: list[str] = []
-    for path in sorted(Path(source).glob("*.jsonl")):
-        for n, line in enumerate(path.open()):
-            text = unicodedata.normalize("NFC", json.loads(line)["text"])
-            text = breaks.sub("\n\n", blanks.sub(" ", control.sub("", text))).strip()
-            if len(text) < 20 or text in seen:
-                continue
-            seen.add(text)
-            words = word.findall(text.lower())
-            sketch = MinHash(num_perm=128)
-            sketch.update_batch([" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))])
-            if not index.query(sketch):
-                index.insert(f"{path}{n}", sketch)
-                kept.append(text)
-    tokens = 0
-    with Path(out).open("w") as sink:
-        for start in range(0, len(kept), 128):
-            for text, encoding in zip(kept[start : start + 128], model.encode_batch(kept[start : start + 128]), strict=True):
-                tokens += len(encoding.ids)
-                sink.write(json.dumps({"text": text, "input_ids": encoding.ids}) + "\n")
-    print(json.dumps({"documents": len(kept), "tokens": tokens}))
-
-
-def datatrove(source: str, out: str, tokenizer: str) -> None:
-    """datatrove's own pipeline: the same filters, MinHash deduplication, tokens."""
-    import xxhash
-
-    digest = xxhash.xxh64_intdigest  # datatrove 0.10 gives it text, which xxhash 4 does not take any more
-    xxhash.xxh64_intdigest = lambda data: digest(data.encode() if isinstance(data, str) else data)
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
-    from datatrove.pipeline.dedup.minhash import MinhashConfig
-    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
-    from datatrove.pipeline.formatters import FTFYFormatter
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.tokens import DocumentTokenizer
-    from datatrove.pipeline.writers import JsonlWriter
-
-    shutil.rmtree(out, ignore_errors=True)
-    tasks, form = len(list(Path(source).glob("*.jsonl"))), MinhashConfig(num_buckets=14, hashes_per_bucket=8)
-    clean = [JsonlReader(source), FTFYFormatter(), GopherQualityFilter(), GopherRepetitionFilter(), FineWebQualityFilter(),
-             JsonlWriter(f"{out}/clean", compression=None)]  # fmt: skip
-    stages: list[tuple[list[Any], int]] = [
-        (clean, tasks),
-        ([JsonlReader(f"{out}/clean"), MinhashDedupSignature(f"{out}/sig", config=form)], tasks),
-        ([MinhashDedupBuckets(f"{out}/sig", f"{out}/buckets", config=form)], form.num_buckets),
-        ([MinhashDedupCluster(f"{out}/buckets", f"{out}/remove", config=form)], 1),
-        (
-            [
-                JsonlReader(f"{out}/clean"),
-                MinhashDedupFilter(f"{out}/remove"),
-                DocumentTokenizer(
-                    f"{out}/tokens", str(Path(tokenizer) / "tokenizer.json"), eos_token="<|endoftext|>", shuffle_documents=False
-                ),
-            ],
-            tasks,
-        ),
-    ]
-    for number, (pipeline, count) in enumerate(stages):
-        LocalPipelineExecutor(pipeline, tasks=count, workers=1, logging_dir=f"{out}/logs{number}").run()
-    tokens = sum(path.stat().st_size // 2 for path in Path(f"{out}/tokens").glob("*.ds"))
-    print(json.dumps({"tokens": tokens}))
 
 
 def recall(tokenizer: Path) -> tuple[float, int]:
@@ -312,18 +265,18 @@ PLAIN, FILTERED = "ours, steps of the usual chain", "ours, steps of datatrove"
 FILTERS = "gopher-quality,gopher-repetition,fineweb"
 
 
-def compared(large: float, usual: float, small: float, tokenizer: str) -> dict[str, dict[str, Any]]:
+def compared(large: float, usually: float, small: float, tokenizer: str) -> dict[str, dict[str, Any]]:
     """Every way over the whole (MB) and over what the rivals get."""
     text, usuals, part, cores = str(WORK / "text"), str(WORK / "usual"), str(WORK / "peers"), str(os.cpu_count())
     for workers in ("0", cores):  # compiled code is cached from now on
         measured("ours", part, str(WORK / "warm"), FILTERS, workers, tokenizer)
     rounds: dict[str, list[dict[str, Any]]] = {}
-    its_text = f"{PLAIN}, its text" if usual < large else PLAIN  # the usual chain gets all: it is one text
+    its_text = f"{PLAIN}, its text" if usually < large else PLAIN  # the usual chain gets all: it is one text
     for name, mb, *arguments in (
-        *([(PLAIN, large, "ours", text, str(WORK / "out"), "", "0")] if usual < large else []),
-        (its_text, usual, "ours", usuals, str(WORK / "out-usual"), "", "0"),
-        ("usual chain, its text", usual, "usual", usuals, str(WORK / "usual.jsonl")),
-        (its_text, usual, "ours", usuals, str(WORK / "out-usual"), "", "0"),
+        *([(PLAIN, large, "ours", text, str(WORK / "out"), "", "0")] if usually < large else []),
+        (its_text, usually, "ours", usuals, str(WORK / "out-usual"), "", "0"),
+        ("usual chain, its text", usually, "usual", usuals, str(WORK / "usual.jsonl")),
+        (its_text, usually, "ours", usuals, str(WORK / "out-usual"), "", "0"),
         (PLAIN, large, "ours", text, str(WORK / "out"), "", "0"),
         ("ours, all cores", large, "ours", text, str(WORK / "out-all"), "", cores),
         (FILTERED, large, "ours", text, str(WORK / "out-filtered"), FILTERS, "0"),
@@ -334,8 +287,17 @@ def compared(large: float, usual: float, small: float, tokenizer: str) -> dict[s
         (f"{PLAIN}, little text", small, "ours", part, str(WORK / "out-small"), "", "0"),
         ("ours, all cores, little text", small, "ours", part, str(WORK / "out-small"), "", cores),
     ):
-        run = measured(*arguments, tokenizer) | {"mb": round(mb, 1)}
+        say(f"{name}, {mb:,.0f} MB ...")
+        try:
+            run = measured(*arguments, tokenizer) | {"mb": round(mb, 1)}
+        except PartError as error:
+            if arguments[0] == "ours":
+                raise
+            say(str(error))
+            continue
         rounds.setdefault(name, []).append(run)
+        with (WORK / "runs.jsonl").open("a") as log:
+            log.write(json.dumps({"name": name} | run) + "\n")
         say(f"{name}: {run}")
     return {name: of[-1] | {"cpu_s": median([run["cpu_s"] for run in of]), "rounds": len(of),
                             "mb_per_s_core": round(median([run["mb"] / run["cpu_s"] for run in of]), 3)}
@@ -343,24 +305,28 @@ def compared(large: float, usual: float, small: float, tokenizer: str) -> dict[s
 
 
 def main() -> None:
+    check_ready()
     files, pages = collect()
     tokenizer = WORK / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     large = write_jsonl(files, WORK / "text", MB, 16)
-    usual = write_jsonl(files, WORK / "usual", min(USUAL_MB, MB), 16)
+    usually = write_jsonl(files, WORK / "usual", min(USUAL_MB, MB), 16)
     small = write_jsonl(files, WORK / "peers", min(PEER_MB, MB), 2)
     if not (tokenizer / "tokenizer.json").exists():
         from kernelm_contracts.data import Train
         from kernelm_data.corpus.training import train
 
-        say("training a byte-level BPE of 32,000 tokens")
-        train(Train("bpe", 32_000), lambda: (text for _, text in texts(files[:3000]))).save(str(tokenizer / "tokenizer.json"))
-    runs = compared(large, usual, small, str(tokenizer))
+        say("training a byte-level BPE of 32,000 tokens ...")
+        train(Train("bpe", 32_000), lambda: (text for _, text in decoded(files[:3000]))).save(str(tokenizer / "tokenizer.json"))
+    runs = compared(large, usually, small, str(tokenizer))
+    say("recall, token ids, HTML ...")
     found, pairs = recall(tokenizer)
     documents, same = identical(WORK / "out" / "dataset", tokenizer)
     rates = html_rates(pages) if pages else {}
 
     def ratio(ours: str, rival: str) -> float:
+        if ours not in runs or rival not in runs:
+            return float("nan")
         return float(runs[ours]["mb_per_s_core"] / runs[rival]["mb_per_s_core"])
 
     goals = {
@@ -369,23 +335,29 @@ def main() -> None:
         "dedup_recall": found,
     }
     same_text = {
-        "vs_usual_chain": ratio(PLAIN if usual >= large else f"{PLAIN}, its text", "usual chain, its text"),
+        "vs_usual_chain": ratio(PLAIN if usually >= large else f"{PLAIN}, its text", "usual chain, its text"),
         "vs_datatrove": ratio(f"{FILTERED}, its text", "datatrove, its text"),
     }
     if PEAK_MB:
         write_jsonl(files, WORK / "peak", PEAK_MB, 32)
         arguments = (str(WORK / "peak"), str(WORK / "out-peak"), "", str(os.cpu_count()), str(tokenizer))
-        runs["ours, peak"] = measured("ours", *arguments)
-        goals["peak_gb"] = runs["ours, peak"]["peak_gb"]
-    where = conditions("datatrove", "datasketch", "tokenizers", "gigatoken", "numba", mb=round(large, 1), usual_mb=round(usual, 1),
-                       datatrove_mb=round(small, 1),
-                       roots=[str(r) for r in ROOTS])  # fmt: skip
+        say(f"ours, all cores, {PEAK_MB:,.0f} MB ...")
+        try:
+            runs["ours, peak"] = measured("ours", *arguments)
+            goals["peak_gb"] = runs["ours, peak"]["peak_gb"]
+        except PartError as error:  # killed for want of memory, say: the rest is measured
+            say(str(error))
+    sizes = {"mb": large, "usual_mb": usually, "datatrove_mb": small}
+    where = conditions("datatrove", "datasketch", "tokenizers", "gigatoken", "numba", roots=[str(root) for root in ROOTS],
+                       **{name: round(size, 1) for name, size in sizes.items()})  # fmt: skip
     details = {"runs": runs, "same_text": same_text, "pairs": pairs, "same_ids": f"{same} of {documents}", "html_mb_per_s": rates}
-    finish("data", goals, where, **details)
+    finish("data", {name: value for name, value in goals.items() if value == value}, where, **details)  # without what failed
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         {"ours": ours, "usual": usual, "datatrove": datatrove}[sys.argv[1]](*sys.argv[2:])
+        sys.stdout.flush()
+        os._exit(0)  # of no part the time counts in which the interpreter takes itself down: a plugin serves on
     else:
         main()
