@@ -26,6 +26,8 @@ MARGIN = 0.2  # an estimate of 128 permutations that is so far below the thresho
 MOST = 64  # candidates, those first whose estimate is highest, whose exact similarity is computed
 HOLDERS = 8192  # kept documents of one band that are candidates at all: beyond, a band tells nothing
 CACHE = 256_000_000  # bytes of shingles that are kept for comparisons
+LOOKED = 64_000_000  # bytes looked at after which their memory is given back
+AROUND = 65_536  # bytes that the system brings along with whatever is looked at (fault_around_bytes)
 
 
 Signatures = Sequence[npt.NDArray[np.uint32]]  # documents x permutations, one after the other
@@ -131,9 +133,18 @@ def deduplicate(shards: Sequence[Path], others: int, settings: Deduplicate, spli
         shard = int(np.searchsorted(starts, document, "right")) - 1
         return shard, document - int(starts[shard])
 
+    looked = 0
+
     def text(document: int) -> npt.NDArray[np.uint8]:
+        nonlocal looked
+        if looked > LOOKED:
+            looked = 0
+            for file in files:
+                file.release()
         shard, row = place(document)
-        return files[shard].text(row)
+        found = files[shard].text(row)
+        looked += found.nbytes + AROUND
+        return found
 
     def id_of(document: int) -> str:
         shard, row = place(document)

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from mmap import MADV_DONTNEED, PROT_READ, mmap
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,9 @@ class Documents:
     """The documents of one `docs.arrow`, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        with path.open("rb") as disk:
+            self._map = mmap(disk.fileno(), 0, prot=PROT_READ)
+        file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         self._batches = [file.get_batch(i) for i in range(file.num_record_batches)]
         self._starts = [0]
         for batch in self._batches:
@@ -25,6 +28,10 @@ class Documents:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def release(self) -> None:
+        """Give back the memory of what was looked at: else it counts as this process's as long as the file is open."""
+        self._map.madvise(MADV_DONTNEED)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The documents, some MB at a time."""
