@@ -1,7 +1,8 @@
 """A broker that can't store any more. nats-server gives a stream up for good at the first write that fails, on a full disk
 say, and answers no write to it until it is started again, however much space there is by then. So the launcher does that.
 
-The sign: the kernel answers, and yet its lease, which it writes every second, is old. (nats-server 2.15, `filestore`:
+The sign: the kernel answers, and yet its lease, which it writes every second, stays what it was. Its date says nothing: that is
+the kernel's clock, which may be off. (nats-server 2.15, `filestore`:
 "Critical write error".)
 """
 
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from kernelm.registry import LEASE_TTL_S, Lease
 from kernelm_authority.identity import admin
@@ -24,20 +26,30 @@ ROOM = 16 * 2**20  # bytes; with less the broker would fail again at once
 log = logging.getLogger("kernelm.launcher")
 
 
+class Write(NamedTuple):
+    """A revision, and when it was first seen."""
+
+    revision: int  # -1: none was seen
+    at: float  # time.monotonic()
+
+
 async def watch(url: str, home: Path, restart: Callable[[], None]) -> None:
     """Look for ever; `restart()` the broker when it can't store and has the room to."""
     bus: Bus | None = None
-    signs = 0
+    signs, seen = 0, Write(-1, 0.0)
     try:
         while True:
             await asyncio.sleep(LOOK_S)
             try:
                 if bus is None or bus.closed:
                     bus = await Bus.connect(url, admin(home), timeout_s=5.0)
-                silent = await _silent(bus)
+                revision = await _revision(bus)
             except Fault:  # broker or kernel is away: their keepers look after that
-                signs = 0
+                signs, seen = 0, Write(-1, 0.0)
                 continue
+            if revision != seen.revision:
+                seen = Write(revision, time.monotonic())
+            silent = time.monotonic() - seen.at
             signs = signs + 1 if silent > LEASE_TTL_S else 0
             free = shutil.disk_usage(home).free
             if signs >= LOOKS and free < ROOM:
@@ -52,8 +64,8 @@ async def watch(url: str, home: Path, restart: Callable[[], None]) -> None:
             await bus.close()
 
 
-async def _silent(bus: Bus) -> float:
-    """Seconds since the kernel's last write, as far as the broker kept it."""
+async def _revision(bus: Bus) -> int:
+    """That of the kernel's last write of its lease which the broker kept; 0 if it kept none."""
     await bus.call(Kernel.state, Empty(), timeout_s=2.0)
-    lease, _ = await bus.bucket("leases", Lease).get("kernel")
-    return time.time() - lease.renewed if lease else LEASE_TTL_S + 1.0
+    _, revision = await bus.bucket("leases", Lease).get("kernel")
+    return revision
