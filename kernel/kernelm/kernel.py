@@ -15,11 +15,11 @@ import msgspec
 from kernelm.catalog import Catalog, pool_of
 from kernelm.journal import AuditTrail, audit, create_assets
 from kernelm.keys import Keys, Members
-from kernelm.registry import LEASE_TTL_S, Lease, Registry
+from kernelm.registry import Lease, Registry
 from kernelm.router import Router
 from kernelm.supervisor import Supervisor
 from kernelm.swaps import Swapper
-from kernelm_authority.identity import Authority
+from kernelm_authority.identity import LEASE_S, Authority
 from kernelm_sdk import system as api
 from kernelm_sdk import tracing
 from kernelm_sdk.bus import Bus, handlers_of
@@ -100,7 +100,7 @@ class KernelService:
         while not self.deposed.is_set():
             await asyncio.sleep(1.0)
             try:
-                await self._lease.put("kernel", Lease("kernel", time.time()), -1, ttl_s=LEASE_TTL_S)
+                await self._lease.put("kernel", Lease("kernel", time.time()), -1, ttl_s=LEASE_S)
                 await self.registry.check_leases()
                 await self.router.check()
             except KernelFault as fault:
@@ -174,7 +174,7 @@ class KernelService:
         known = self.registry.instances.get(request.instance)
         instance = await self.registry.hello(request, grant, known.node if known else "")
         spec = self.supervisor.pools.get(instance.pool)
-        return api.Welcome(instance.pool, instance.contracts, LEASE_TTL_S, spec.settings if spec else {})
+        return api.Welcome(instance.pool, instance.contracts, LEASE_S, spec.settings if spec else {})
 
     async def ready(self, request: api.Ready, call: Any) -> Instance:
         if request.instance != call.caller:

@@ -10,13 +10,12 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from kernelm.lifecycle import LIVE, step
-from kernelm_authority.identity import Grant
+from kernelm_authority.identity import LEASE_S, Grant
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.contract import CONTRACTS
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import ContractVersion, Hello, Instance, InstanceChanged
 
-LEASE_TTL_S = 5  # whole seconds: the broker cuts fractions
 START_S = 600.0  # from "start" to "ready": an environment is made, an image loaded; the node tells before if it fails
 
 
@@ -80,7 +79,7 @@ class Registry:
                 continue
             node = self.instances.get(f"node-{instance.node}")
             beginning = instance.state in ("starting", "joined") and (node is None or node.state == "ready")
-            patience = START_S if beginning else LEASE_TTL_S
+            patience = START_S if beginning else LEASE_S
             if now - max(instance.since, self._recovered) > patience:
                 await self.happens(instance.id, "silence", f"no sign of life for {patience:g} s")
 

@@ -1,6 +1,9 @@
 """Tokens, claims and the allow lists that are compiled from a grant."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,3 +87,13 @@ def test_a_manifest_that_wants_to_speak_for_the_system_is_refused_by_name(event:
     text = f'name="p"\nversion="1"\nsummary="s"\ncontracts=["p/1"]\nentry="p:P"\nevents=["model.trained", "{event}"]\n'
     with pytest.raises(ClientFault, match=re.escape(f"there: plugin 'p' wants to publish {event}:")):
         parse_manifest(text, "there")
+
+
+@pytest.mark.parametrize(("given", "said"), [("7", "7"), ("", "5"), ("1", "KERNELM_LEASE_S is '1': give whole seconds, 2 or more"),
+                                             ("2.5", "KERNELM_LEASE_S is '2.5': give")])  # fmt: skip
+def test_the_lease_is_a_setting(given: str, said: str) -> None:
+    code = "from kernelm import kernel; print(kernel.api.Welcome('p', (), kernel.LEASE_S, {}).lease_ttl_s)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KERNELM_LEASE_S": given}, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert (done.stdout + done.stderr).startswith(said)
+    assert (done.returncode == 0) == said.isdecimal()

@@ -28,7 +28,17 @@ from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system.common import PLUGIN_EVENT
 
-LIFETIME_S = int(os.environ.get("KERNELM_JWT_LIFETIME_S", 24 * 3600))  # of a user's JWT; renewed at two thirds
+
+def _seconds(name: str, default: int, least: int) -> int:
+    """Whole seconds from the environment; ends the process if they are none."""
+    given = os.environ.get(name, "")
+    if given and not (given.isdecimal() and int(given) >= least):
+        raise SystemExit(f"{name} is {given!r}: give whole seconds, {least} or more")
+    return int(given or default)
+
+
+LIFETIME_S = _seconds("KERNELM_JWT_LIFETIME_S", 24 * 3600, 1)  # of a user's JWT; renewed at two thirds
+LEASE_S = _seconds("KERNELM_LEASE_S", 5, 2)  # without a sign of life, and a member is taken for dead; the broker cuts fractions
 ROLES = {"operator": nkeys.PREFIX_BYTE_OPERATOR, "account": nkeys.PREFIX_BYTE_ACCOUNT, "system": nkeys.PREFIX_BYTE_ACCOUNT}
 # Of the system's own services: the buckets they write, the buckets they only read, and what they call ("*" for everything
 # but what is denied below).

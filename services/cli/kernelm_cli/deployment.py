@@ -59,6 +59,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node_cpu: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # cores for plugins and jobs; 0: all
     node_memory_mb: Annotated[int, msgspec.Meta(ge=0)] = 0  # memory for them; 0: all
     node_gpus: Annotated[int, msgspec.Meta(ge=0)] = 0  # GPUs for them; needs the engine's NVIDIA runtime
+    lease_s: Annotated[int, msgspec.Meta(ge=2, le=600)] = 5  # without a sign of life, and a member is taken for dead
     log_mb: Annotated[int, msgspec.Meta(ge=1)] = 50  # of output that is kept, for each container
     grafana_port: Port = 3000  # with the profile observability
     machines: tuple[str, ...] = ()  # further ones that join, by name: see `kernelm deploy machine`
@@ -233,6 +234,7 @@ class Deployment:
             "KERNELM_TRACES_TO": settings.traces_to, "KERNELM_TRACES_EXPORTER": "otlphttp" if settings.traces_to else "debug",
             "KERNELM_UID": self.user, "KERNELM_GID": self.group, "KERNELM_DOCKER_GID": docker_group,
             "KERNELM_HTTP_PORT": settings.http_port, "KERNELM_GRPC_PORT": settings.grpc_port, "KERNELM_LOG_MB": settings.log_mb,
+            "KERNELM_LEASE_S": settings.lease_s,
             "KERNELM_MACHINES_LISTEN": settings.machines_listen, "KERNELM_PORT_BROKER": settings.broker_port,
             "KERNELM_PORT_ARTIFACTS": settings.artifacts_port,
             **to_give_away(settings.node_cpu, settings.node_memory_mb, settings.node_gpus),

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kernelm.registry import LEASE_TTL_S, Lease
-from kernelm_authority.identity import admin
+from kernelm.registry import Lease
+from kernelm_authority.identity import LEASE_S, admin
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import Fault
 from kernelm_sdk.system import Empty, Kernel
@@ -50,7 +50,7 @@ async def watch(url: str, home: Path, restart: Callable[[], None]) -> None:
             if revision != seen.revision:
                 seen = Write(revision, time.monotonic())
             silent = time.monotonic() - seen.at
-            signs = signs + 1 if silent > LEASE_TTL_S else 0
+            signs = signs + 1 if silent > LEASE_S else 0
             free = shutil.disk_usage(home).free
             if signs >= LOOKS and free < ROOM:
                 log.error("the broker has stored nothing for %.0f s: %s has %d bytes left; free %d or more",

@@ -130,6 +130,7 @@ def test_the_key_of_what_is_encrypted_is_neither_replaced_nor_confused(deploymen
 @pytest.mark.parametrize(("text", "named"), [
     ("http_port = 0", "http_port"), ("htp_port = 1", "htp_port"), ("http_port = 8444", "both 8444"), ("listen = ", "deploy.toml"),
     ('project = "Not A Name"', "project"), ('traces_to = "tempo"', "traces_to"), ("certificate_days = 3000", "certificate_days"),
+    ("lease_s = 1", "lease_s"),
 ])  # fmt: skip
 def test_a_mistake_in_the_settings_is_named(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "deploy.toml").write_text(text)

@@ -25,7 +25,7 @@ async def watched(system: System, restart: Callable[[], None]) -> AsyncIterator[
 
 async def test_a_lease_that_stays_what_it_was_is_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "LOOK_S", 0.05)
-    monkeypatch.setattr(storage, "LEASE_TTL_S", 0.3)  # the kernel writes every second: so it looks like a broker that keeps nothing
+    monkeypatch.setattr(storage, "LEASE_S", 0.3)  # the kernel writes every second: so it looks like a broker that keeps nothing
     restarts: list[float] = []
     async with System() as system, watched(system, lambda: restarts.append(time.monotonic())):
         await until(lambda: bool(restarts), 30, "the broker to be started again")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from faultmatrix.load import Load
 from faultmatrix.rig import Rig
 
-LEASE_S = 5.0  # kernelm.registry.LEASE_TTL_S; a pause has to be longer, with the second between two looks
+LEASE_S = 5.0  # kernelm_authority.identity.LEASE_S; a pause has to be longer, with the second between two looks
 
 
 @dataclass
