@@ -88,6 +88,12 @@ class Stack:
         assert done.returncode == 0, f"{' '.join(words)}: {told}\n{self.trouble()}"
         return done.stdout
 
+    def again(self, service: str, **changed: Any) -> None:
+        """`service` is made again, with other keys of compose.yaml than its own, or with its own."""
+        more = self.folder / "changed.yaml"
+        more.write_text(json.dumps({"services": {service: changed}}))  # which is YAML
+        self.compose("up", "--detach", "--wait", "--no-deps", service, files=(*self._files, "--file", str(more)))
+
     def kernelm(self, *words: str, timeout_s: float = 300) -> str:
         """What `kernelm WORDS` prints, run inside by the administrator in a container that stays: a new one takes seconds."""
         if not self._cli:
@@ -144,7 +150,11 @@ class Stack:
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
         """Over HTTPS, as the holder of that key."""
-        headers = {"Authorization": f"Bearer {self.secret}"}
+        return self.client_of(self.secret, timeout_s)
+
+    def client_of(self, secret: str, timeout_s: float = 30) -> httpx.Client:
+        """Over HTTPS, as the holder of another key."""
+        headers = {"Authorization": f"Bearer {secret}"}
         return httpx.Client(base_url=f"https://localhost:{self.http}", verify=self.trust(), headers=headers, timeout=timeout_s)
 
     def classify(self, label: str, client: httpx.Client | None = None) -> dict[str, Any]:

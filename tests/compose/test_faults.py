@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kernelm.testing.parts import absent
 from kernelm_cli import certificates
 
 Stack = Any  # conftest's
@@ -54,6 +56,31 @@ def test_clocks_may_differ_by_an_hour(stack: Stack) -> None:
         made = certificates.read_certificate(stack.home / "tls" / member / "tls.pem")
         written = (stack.home / "tls" / member / "tls.pem").stat().st_mtime
         assert written - made.not_valid_before_utc.timestamp() > HOUR.total_seconds()
+
+
+def _status(stack: Stack, secret: str) -> int:
+    with stack.client_of(secret) as client:
+        return int(client.post("/v1/classify", json={"model": "news", "input": "Who scored?"}).status_code)
+
+
+@pytest.mark.parametrize(("member", "off"), [("kernel", "+3600"), ("kernel", "-3600"), ("jobs", "+3600"), ("artifacts", "-3600"),
+                                             ("gateway", "+3600"), ("node", "+3600")])  # fmt: skip
+def test_a_member_whose_clock_is_off_by_an_hour_serves_on(stack: Stack, member: str, off: str) -> None:
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None) or absent("apt-get install libfaketime")
+    fake = {"LD_PRELOAD": "/faketime.so", "FAKETIME": off, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    stack.again(member, environment=fake, volumes=[f"{library}:/faketime.so:ro"])
+    try:
+        said = stack.containers()[member].exec_run(["python", "-c", "import time; print(time.time())"]).output
+        assert abs(float(said) - time.time() - int(off)) < 60, "the clock is off"
+        key = stack.asked("key", "create", "clock", "--models", "news")  # the kernel signs, the gateway learns of it
+        stack.until(lambda: stack.classify("tech", stack.client_of(key["secret"])), 60, "answers to who came while it was off")
+        stack.kernelm("artifact", "verify")
+        stack.kernelm("run", "tests/compose/news.toml", timeout_s=600)  # each of its jobs is found
+    finally:
+        stack.again(member)
+    stack.kernelm("key", "revoke", key["key"]["id"])
+    stack.until(lambda: _status(stack, key["secret"]) == 401, 60, "a key of then to be refused")
+    assert stack.until(lambda: stack.classify("tech"), 60, "answers with the clock put right")
 
 
 def test_a_client_of_another_ca_is_told_so(stack: Stack) -> None:
