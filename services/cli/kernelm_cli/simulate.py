@@ -106,15 +106,17 @@ def table(summaries: list[metrics.Summary], least: float, title: str) -> Table:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What libraries in C write to the standard output (HiGHS, which knows no option against it) goes to the standard error."""
+    """What libraries in C write to the standard output (HiGHS names a function of its own now and then, and knows no option against
+    it) is thrown away."""
     sys.stdout.flush()
-    saved = os.dup(1)
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         os.dup2(saved, 1)
         os.close(saved)
+        os.close(nowhere)
 
 
 _cluster = cluster.parse
