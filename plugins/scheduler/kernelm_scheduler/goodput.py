@@ -96,7 +96,7 @@ class Planning:
             fresh = isinstance(job, PendingJob)  # it starts anyway: what it was to start with is worth no more than another
             for target, rate in options[id]:
                 lasts = max(min(left[id] * one / rate + job.restart_s, self.rules.lasts_s), 1.0)
-                cost = 0.0 if fresh else min(job.restart_s / lasts, 1.0)
+                cost = min(job.restart_s / lasts, 1.0)  # a start takes as long as a restart
                 factor = 1.0 - cost if fresh or target != now else 1.0 + self.rules.keep + cost
                 if factor > 0 or fresh:
                     choices.append(Choice(id, target, weight * rate / one * max(factor, 0.0)))
