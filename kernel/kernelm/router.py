@@ -30,7 +30,7 @@ class Leader(msgspec.Struct, frozen=True):
 
 
 class Revoked(msgspec.Struct, frozen=True):
-    """A user whose JWTs issued up to `at` are refused; kept until `until`, when the last of them has expired."""
+    """A user whose JWTs issued up to `at` (0: all of them, at once) are refused; kept until `until`, when the last has expired."""
 
     key: str
     at: int
@@ -86,8 +86,9 @@ class Router:
         """Refuse the user's JWTs issued up to now, or up to `at` and only from then on; the broker cuts its connections."""
         if at and key in self.revoked:
             return  # never later than was said before
-        self.revoked[key] = Revoked(key, at or int(time.time()), until, owner if at else "")
-        await self._revoked.put(f"revoked.{key}", self.revoked[key], -1, patience_s=10)
+        record = Revoked(key, at, until, owner)
+        await self._revoked.put(f"revoked.{key}", record, -1, patience_s=10)
+        self.revoked[key] = record
         if key in self._due():
             await self.push()
 
@@ -96,9 +97,8 @@ class Router:
         for later in [r for r in self.revoked.values() if r.owner == owner and r.at > time.time()]:
             await self.revoke(later.key, later.until)
 
-    def _due(self) -> dict[str, int]:  # who is out at once is out whatever clock signed its JWTs: none of their dates is later
-        return {r.key: r.at if r.owner else max(r.at, r.until or 1 << 40) for r in self.revoked.values()
-                if r.at <= time.time() or not r.owner}  # fmt: skip
+    def _due(self) -> dict[str, int]:  # at once: up to a JWT's own end, which no clock that signed it has put before its beginning
+        return {r.key: r.at or r.until or 1 << 40 for r in self.revoked.values() if r.at <= time.time()}
 
     def mappings(self) -> dict[str, Any]:
         """One wildcard mapping a name: every message scans them all."""
