@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 
+from kernelm_sdk import checkpoints
 from kernelm_sdk.contract import Contract
 from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_sdk.events import Event
@@ -104,7 +105,7 @@ class Job(Call):
         self.peers: tuple[str, ...] = ()
         self.cancelled = ""  # the reason, once it is
         self.latest = Progress()
-        self.report: Callable[..., Coroutine[Any, Any, None]] | None = None  # set by the runner: (checkpoint, address="")
+        self.report: Callable[..., Coroutine[Any, Any, None]] | None = None  # set by the runner: (checkpoint, address="", note="")
         self.changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -140,10 +141,28 @@ class Job(Call):
         """From a worker thread: the result of a coroutine of this context, e.g. `job.wait(job.context.store(...))`."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def save(self, folder: Path, *, passing: bool = False, **metadata: Any) -> str:
+    async def resume(self, format: int) -> Path | None:
+        """A read-only folder with the checkpoint to go on from, or None to begin at the beginning: there is no checkpoint, or one
+        of another plugin or `format` (of `save`), in which case the job's record says why. ClientFault "invalid_checkpoint"."""
+        if not self.checkpoint:
+            return None
+        folder = await self.context.artifact(self.checkpoint)
+        if not (why := checkpoints.why_anew(folder, self.context.manifest, format)):
+            return folder
+        self.context.log.warning("%s: %s", self.id, why)
+        self.progress(0.0, "load", why)
+        if self.report is not None:
+            await self.report("", note=why)
+        return None
+
+    async def save(self, folder: Path, *, format: int = 0, passing: bool = False, **metadata: Any) -> str:
         """Store `folder` as a checkpoint and make it the one to resume from; its digest. A `passing` one is erased once a later
-        one, or the result, is on record. ClientFault "stale_epoch" if the job has another owner: nothing was changed then."""
+        one, or the result, is on record. `format` (1 or more, of the plugin's own numbering) is written beside the files for
+        `resume`: raise it whenever what a checkpoint holds, or what it means, changes. ClientFault "stale_epoch" if the job has
+        another owner: nothing was changed then."""
         self.raise_if_cancelled()
+        if format:
+            checkpoints.mark(folder, self.context.manifest, format)
         lineage = {"job": self.id} | ({"before": self.checkpoint} if self.checkpoint else {})
         digest = await self.context.store(folder, "checkpoint", metadata | ({"passing": True} if passing else {}), **lineage)
         if self.report is not None:

@@ -192,8 +192,8 @@ class Member:
         return accept
 
     async def _work(self, job: Job, handler: Callable[..., Any], request: Any) -> None:
-        async def report(checkpoint: str, address: str = "") -> None:
-            await self._report(job, Report(job.id, job.epoch, job.latest, checkpoint, address=address))
+        async def report(checkpoint: str, address: str = "", note: str = "") -> None:
+            await self._report(job, Report(job.id, job.epoch, job.latest, checkpoint, address=address, note=note))
 
         job.report = report
         reporter = asyncio.create_task(self._report_progress(job))

@@ -15,12 +15,14 @@ from typing import ClassVar
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from kernelm_contracts.admission import ms_since, require_served, require_texts
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Label, ServedModel, Server
 from kernelm_contracts.texts import Dataset, check_private, log_softmax, read_dataset, score
 from kernelm_contracts.trainer import Algorithm, ModelCard, ModelTrained, Structure, Trained, Trainer, TrainRequest
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault, invalid
 from kernelm_sdk.plugin import Call, Job, Plugin
 from kernelm_sdk.system import ArtifactName
@@ -34,11 +36,11 @@ CHECKPOINT, MODEL = "checkpoint.safetensors", "model.json"
 class Training:
     """One training, in a worker thread: what `TextTrainer.fit` has to work with."""
 
-    def __init__(self, job: Job, request: TrainRequest, data: Dataset, folder: Path, saved: Tensors) -> None:
+    def __init__(self, job: Job, request: TrainRequest, data: Dataset, folder: Path, saved: Tensors, format: int = 1) -> None:
         self.job, self.request, self.data = job, request, data
         self.folder = folder  # where the model's files are written: by structure, see trainer.py
         self.saved = saved  # the last checkpoint, from which to go on; {} at the beginning
-        self._saved_at = time.monotonic()
+        self._saved_at, self._format = time.monotonic(), format
 
     def progress(self, fraction: float, message: str = "", **metrics: float) -> None:
         """Say how far it got (0 to 1); ends the training if it is not wanted any more."""
@@ -52,7 +54,7 @@ class Training:
         folder = _emptied(self.job.scratch / "checkpoint")
         # safetensors writes the memory as it lies, and scikit-learn's arrays may lie in Fortran order
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, folder / CHECKPOINT)
-        self.job.wait(self.job.save(folder, passing=True))
+        self.job.wait(self.job.save(folder, format=self._format, passing=True))
         self._saved_at = time.monotonic()
 
     def write(self, file: str, **tensors: Array) -> None:
@@ -65,6 +67,7 @@ class TextTrainer(Plugin, Trainer):
 
     structures: ClassVar[tuple[Structure, ...]]
     algorithms: ClassVar[tuple[Algorithm, ...]]
+    checkpoint_format: ClassVar[int] = 1  # raise it when `fit` saves other tensors, or they mean something else
 
     def fit(self, training: Training) -> Logits:
         """Learn from `training.data.train`, write the model's files into `training.folder`; how it answers."""
@@ -78,7 +81,7 @@ class TextTrainer(Plugin, Trainer):
         if request.epochs < 1:
             raise ClientFault("invalid", f"`epochs` is {request.epochs}", "1 or more")
         dataset = await self.context.artifact(request.dataset)
-        checkpoint = await self.context.artifact(job.checkpoint) if job.checkpoint else None
+        checkpoint = await job.resume(self.checkpoint_format)
         folder = _emptied(job.scratch / "model")
         card = await job.in_thread(self._train, request, dataset, checkpoint, folder, job)
         validation = card.scores["validation"]
@@ -94,8 +97,7 @@ class TextTrainer(Plugin, Trainer):
         began, names = time.monotonic(), ("validation", "test") if request.report_test else ("validation",)
         data = read_dataset(dataset, ("train", *names))
         warning = check_private(request, data.card)
-        saved: Tensors = load_file(checkpoint / CHECKPOINT) if checkpoint else {}
-        logits = self.fit(Training(job, request, data, folder, saved))
+        logits = self.fit(Training(job, request, data, folder, _saved(checkpoint), self.checkpoint_format))
         scores = {name: score(name, data.labels, data.splits[name].labels, logits(data.splits[name].texts)) for name in names}
         weights = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in load_file(file).values()]
         settings, took_s = msgspec.to_builtins(request), round(time.monotonic() - began, 2)
@@ -162,6 +164,14 @@ def read_card(folder: Path) -> ModelCard:
         return msgspec.json.decode((folder / MODEL).read_bytes(), type=ModelCard)
     except msgspec.DecodeError as error:
         raise invalid(MODEL, error, "train the model again") from None
+
+
+def _saved(checkpoint: Path | None) -> Tensors:
+    """The tensors of a checkpoint; {} without one. ClientFault "invalid_checkpoint" if it is damaged."""
+    try:
+        return load_file(checkpoint / CHECKPOINT) if checkpoint else {}
+    except (OSError, SafetensorError) as error:
+        raise invalid_checkpoint(CHECKPOINT, error) from None
 
 
 def _emptied(folder: Path) -> Path:

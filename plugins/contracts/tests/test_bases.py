@@ -4,14 +4,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kernelm.testing.conformance import Stand, read
 from kernelm.testing.conformance.jobs import finished
 from kernelm.testing.conformance.results import Failed
 from kernelm_cli.scaffold import create
+from kernelm_contracts.bases import CHECKPOINT
 from kernelm_contracts.conformance.server import write_model
 from kernelm_contracts.conformance.trainer import write_dataset
+from kernelm_sdk.checkpoints import FILE, Mark
 from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.system import ArtifactName, Artifacts
 
@@ -48,6 +51,7 @@ async def test_a_trainer_takes_what_it_can_do_and_goes_on_where_it_stopped(stand
         assert (fault.whose, fault.code) == ("client", code)
         assert words in fault.message
 
+    attempts: dict[str, Any] = {}
     whole = await train()
     checkpoints = [r.checkpoint for _, r in whole.reports if r.checkpoint]
     assert len(checkpoints) == 3, "one an epoch, since no time has to pass between two"
@@ -57,6 +61,16 @@ async def test_a_trainer_takes_what_it_can_do_and_goes_on_where_it_stopped(stand
     assert len([r for _, r in resumed.reports if r.checkpoint]) == 1, "one epoch was left"
     models = [await stand.bus().call(Artifacts.open, ArtifactName(a.final.result["model"])) for a in (whole, resumed)]
     assert len({(Path(m.path) / "linear.safetensors").read_bytes() for m in models}) == 1, "to the last bit"
+    opened = await stand.bus().call(Artifacts.open, ArtifactName(checkpoints[1]))
+    tensors = Path(opened.path) / CHECKPOINT
+    for name, content, format in (("older", tensors.read_bytes(), 0), ("broken", tensors.read_bytes()[:99], 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CHECKPOINT).write_bytes(content)
+        (tmp_path / name / FILE).write_bytes(msgspec.json.encode(Mark("my-trainer", "0.0.1", format)))
+        attempts[name] = await train(await stand.store(tmp_path / name, "checkpoint"))
+    assert len([r for _, r in attempts["older"].reports if r.checkpoint]) == 3, "it began anew"
+    assert ["begins anew" in r.note for _, r in attempts["older"].reports if r.note] == [True]
+    assert attempts["broken"].final.fault.code == "invalid_checkpoint"
     seldom = await train(checkpoint_every_s=60.0)
     assert not [r for _, r in seldom.reports if r.checkpoint]
 

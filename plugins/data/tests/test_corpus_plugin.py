@@ -4,9 +4,11 @@ import pytest
 
 from kernelm_contracts.data import Clean, Input, PrepareRequest, Private, Split, Store
 from kernelm_data.corpus import pipeline
+from kernelm_data.corpus.effects import FORMAT
 from kernelm_data.corpus.store import Rows
 from kernelm_data.plugin import DataPlugin
 from kernelm_data.settings import DataSettings
+from kernelm_sdk.checkpoints import mark
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
 
@@ -44,6 +46,22 @@ async def test_goes_on_from_its_checkpoints_and_redoes_nothing(context, monkeypa
     assert all((context.folders[again.dataset] / n).read_bytes() == (context.folders[done.dataset] / n).read_bytes() for n in names)
     first_pass = redone[: redone.index(0)] if 0 in redone else redone
     assert len(first_pass) == len(checkpoints) // 2 - 3  # three of the shards were in the checkpoints
+
+
+async def test_another_versions_checkpoint_is_left_alone_and_a_broken_one_is_named(context, tmp_path, caplog):
+    folder = tmp_path / "checkpoint"
+    (folder / "shard").mkdir(parents=True)
+    (folder / "shard" / "book.json").write_text("nothing that this version would read")
+    (folder / "chain.json").write_text('{"not": "a list"}')
+    context.folders["sha256:old"] = folder
+    request = PrepareRequest("sha256:s", "auto", split=Split(0, 0), store=Store(shard_mb=0.03))
+    job = Job(context, "jobs", "j1", 2, checkpoint="sha256:old")
+    assert (await DataPlugin(context, DataSettings()).prepare(request, job)).documents == 30
+    assert "does not say its format" in caplog.text
+    mark(folder, context.manifest, FORMAT)
+    with pytest.raises(ClientFault, match=r"chain\.json") as caught:
+        await DataPlugin(context, DataSettings()).prepare(request, Job(context, "jobs", "j1", 3, checkpoint="sha256:old"))
+    assert caught.value.code == "invalid_checkpoint"
 
 
 async def test_a_url_that_is_not_granted_is_refused(context, source):

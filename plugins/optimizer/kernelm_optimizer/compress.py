@@ -17,12 +17,14 @@ from kernelm_contracts.trainer import ModelCard, Teacher, Trained, TrainRequest
 from kernelm_optimizer.auto import right_of
 from kernelm_optimizer.children import Children, result_of
 from kernelm_optimizer.folder import read_card, write_card
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
 
 if TYPE_CHECKING:
     from kernelm_optimizer.plugin import OptimizerPlugin
 
+STATE, FORMAT = "compression.json", 1  # of checkpoints: raise it when `_State` changes
 INTEGERS = {"int8": 8, "int4": 4}
 CAUSAL_ALONE = (*INTEGERS, "gguf")  # methods of causal models alone, which train nothing
 CALIBRATION = 64  # documents of the train split that show what of a model does least
@@ -66,9 +68,11 @@ class Compression:
         self.begun, self.state = time.monotonic(), _State()
 
     async def run(self) -> Compressed:
-        if self.job.checkpoint:
-            folder = await self.context.artifact(self.job.checkpoint)
-            self.state = msgspec.json.decode((folder / "compression.json").read_bytes(), type=_State)
+        if folder := await self.job.resume(FORMAT):
+            try:
+                self.state = msgspec.json.decode((folder / STATE).read_bytes(), type=_State)
+            except (OSError, msgspec.DecodeError) as error:
+                raise invalid_checkpoint(STATE, error) from None
         source = await self.context.artifact(self.request.model)
         dataset = await self.context.artifact(self.request.dataset)
         card = read_card(source)
@@ -142,8 +146,8 @@ class Compression:
         folder = self.job.scratch / "checkpoint"
         folder.mkdir(exist_ok=True)
         spent = self.state.spent_s + time.monotonic() - self.begun
-        (folder / "compression.json").write_bytes(msgspec.json.encode(replace(self.state, spent_s=spent)))
-        await self.job.save(folder, passing=True)
+        (folder / STATE).write_bytes(msgspec.json.encode(replace(self.state, spent_s=spent)))
+        await self.job.save(folder, format=FORMAT, passing=True)
 
     async def _store(self, folder: Path, card: ModelCard) -> str:
         metadata: dict[str, Any] = {"name": card.name, "structure": card.structure, "precision": card.precision}

@@ -37,6 +37,7 @@ from kernelm_optimizer.plan import checked, nothing_measured, variant_name
 from kernelm_optimizer.quantize import quantize, why_not
 from kernelm_optimizer.report import Findings, write
 from kernelm_optimizer.settings import Settings
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
 from kernelm_sdk.hooks import Hooks
 from kernelm_sdk.plugin import Job, Plugin
@@ -44,7 +45,9 @@ from kernelm_sdk.plugin import Job, Plugin
 if TYPE_CHECKING:
     from kernelm_optimizer.study import Study
 
+STATE = "search.json"  # in a checkpoint
 NOT_MEASURED = "not measured: "
+FORMAT = 1  # of checkpoints: raise it when `_State`, or the trials in it, change
 SHOWN = 20  # trials whose reasons are listed when none came to an end
 # where each phase ends, as a share of the job
 TRAINED, MEASURED, QUANTIZED, COMPARED, TESTED = 0.6, 0.75, 0.83, 0.92, 0.98
@@ -71,7 +74,7 @@ class _State(Struct, frozen=True):
 
     spent_s: float = 0.0  # by earlier attempts
     children: dict[str, str] = {}  # candidate -> job that trains it
-    trials: msgspec.Raw = msgspec.Raw(b"[]")  # of the search's study
+    trials: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"[]"))  # of the search's study
 
 
 class _Search:
@@ -125,9 +128,11 @@ class _Search:
                               "give the digest that `data/1.prepare` returned") from None
 
     async def _restore(self) -> None:
-        if self.job.checkpoint:
-            folder = await self.context.artifact(self.job.checkpoint)
-            self.state = msgspec.json.decode((folder / "search.json").read_bytes(), type=_State)
+        if folder := await self.job.resume(FORMAT):
+            try:
+                self.state = msgspec.json.decode((folder / STATE).read_bytes(), type=_State)
+            except (OSError, msgspec.DecodeError) as error:
+                raise invalid_checkpoint(STATE, error) from None
             self.submitted = self.state.children
 
     async def _save(self) -> None:
@@ -135,8 +140,8 @@ class _Search:
             folder = self.job.scratch / "checkpoint"
             folder.mkdir(exist_ok=True)
             trials = msgspec.Raw(msgspec.json.encode(self.study.trials if self.study else []))
-            (folder / "search.json").write_bytes(msgspec.json.encode(_State(self._spent(), self.submitted, trials)))
-            await self.job.save(folder, passing=True)
+            (folder / STATE).write_bytes(msgspec.json.encode(_State(self._spent(), self.submitted, trials)))
+            await self.job.save(folder, format=FORMAT, passing=True)
 
     def _spent(self) -> float:
         """Seconds that this search has taken so far, in all attempts."""

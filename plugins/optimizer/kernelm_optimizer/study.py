@@ -22,6 +22,7 @@ from kernelm_contracts.optimizer import Dimension, Search, Value
 from kernelm_contracts.trainer import TrainRequest
 from kernelm_optimizer.choice import beats
 from kernelm_optimizer.space import Space, invalid
+from kernelm_sdk.checkpoints import invalid_checkpoint
 
 NAME = "search"  # Hyperband derives a trial's bracket from it
 STATES = {"running": TrialState.RUNNING, "done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL,
@@ -211,5 +212,8 @@ def _check(search: Search) -> None:
 
 
 def decoded(body: bytes) -> list[Trial]:
-    """The trials of a checkpoint."""
-    return msgspec.json.decode(body, type=list[Trial])
+    """The trials of a checkpoint. ClientFault "invalid_checkpoint" if they are none."""
+    try:
+        return msgspec.json.decode(body, type=list[Trial])
+    except msgspec.DecodeError as error:
+        raise invalid_checkpoint("search.json: trials", error) from None

@@ -30,6 +30,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+import kernelm_optimizer
 from kernelm_contracts.data import DatasetCard
 from kernelm_contracts.jobs import JobList, JobQuery, JobRecord, Jobs, JobSpec
 from kernelm_contracts.optimizer import Candidate, CandidateMeasured, CompressRequest, Optimized, OptimizeRequest
@@ -38,8 +39,9 @@ from kernelm_contracts.trainer import ModelCard, Scores, Trained, TrainRequest
 from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.plugin import OptimizerPlugin
 from kernelm_optimizer.settings import Settings
+from kernelm_sdk.checkpoints import mark
 from kernelm_sdk.errors import ClientFault, FaultBody, KernelFault, PluginFault
-from kernelm_sdk.plugin import Job
+from kernelm_sdk.plugin import MANIFEST, Job, read_manifest
 from kernelm_sdk.system import Progress
 from kernelm_trainer.training import Folders, train
 from kernelm_trainer.workers import silent
@@ -167,7 +169,7 @@ class World:
 
     def __init__(self, real: SimpleNamespace, folder: Path, scratch: Path) -> None:
         self.real, self.scratch, self.store_folder = real, scratch, folder
-        self.log = logging.getLogger("optimizer")
+        self.log, self.manifest = logging.getLogger("optimizer"), read_manifest(Path(kernelm_optimizer.__file__).parent / MANIFEST)
         self.artifacts: dict[str, tuple[str, Path, dict[str, str]]] = {}
         self.passing: set[str] = set()  # checkpoints that go when the next one is there
         self.jobs: dict[str, JobRecord] = {}
@@ -263,6 +265,15 @@ class World:
         return Measurement(model, Scores(split, len(self.texts), right, right, right),
                            self.latency(read_card(folder).precision), 9.0, 100.0,
                            sum(p.stat().st_size for p in folder.iterdir()), 1.0, 0.1)
+
+    async def checkpoint(self, format: int = 1, **files: str) -> str:
+        """One as this version of the plugin would have stored it, of these files (name without ".json")."""
+        folder = self.scratch / f"checkpoint-{len(self.artifacts)}"
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(content)
+        mark(folder, self.manifest, format)
+        return await self.store(folder, "checkpoint")
 
     def job(self, epoch: int = 1, checkpoint: str = "") -> Job:
         return Job(self, "jobs", "j-search", epoch, epoch, checkpoint, "run", "search")  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from kernelm_contracts.optimizer import CompressRequest, Prune
 from kernelm_contracts.trainer import ModelCard, TrainRequest
 from kernelm_optimizer import causal, pruning
-from kernelm_optimizer.compress import checked
+from kernelm_optimizer.compress import FORMAT, checked
 from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.integers import load_causal
 from kernelm_sdk.errors import ClientFault
@@ -89,6 +89,14 @@ async def test_who_takes_over_makes_nothing_again(here, monkeypatch):
     found = await here.compress("prune", here.job(2, job.checkpoint), prune=Prune(width=0.5), train=RECOVER)
     assert here.trainings == 1
     assert found.after.bytes < found.before.bytes
+
+
+async def test_a_checkpoint_of_another_version_is_left_alone_and_a_broken_one_is_named(here):
+    other = await here.checkpoint(FORMAT + 1, compression='{"models": ["after"]}')
+    assert (await here.compress("int8", here.job(2, other))).after.bytes > 0
+    with pytest.raises(ClientFault, match=r"compression\.json") as raised:
+        await here.compress("int8", here.job(3, await here.checkpoint(FORMAT, compression='{"models": ')))
+    assert raised.value.code == "invalid_checkpoint"
 
 
 async def test_a_budget_that_is_too_small_is_said(here, monkeypatch):

@@ -15,13 +15,16 @@ import pytest
 import kernelm_optimizer
 from kernelm.testing.harness import until
 from kernelm.testing.hooks import install
-from kernelm_contracts.optimizer import Candidate
+from kernelm.testing.shapes import shape
+from kernelm_contracts.optimizer import Candidate, Dimension, Search
 from kernelm_contracts.server import Measured
 from kernelm_contracts.trainer import TrainRequest
+from kernelm_optimizer import compress, plugin
 from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.hooks import GROUP
-from kernelm_optimizer.plugin import OptimizerPlugin
+from kernelm_optimizer.plugin import FORMAT, OptimizerPlugin
 from kernelm_optimizer.settings import Settings
+from kernelm_optimizer.study import Trial
 from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_sdk.plugin import MANIFEST, JobCancelled, read_manifest
 
@@ -32,6 +35,7 @@ def train(**fields: Any) -> TrainRequest:
     return TrainRequest("", **{"structure": "tfidf-linear", **fields})
 
 
+SEARCH = Search(train(), (Dimension("epochs", values=(1, 2)),))
 GOOD, BAD = Candidate("good", train=train()), Candidate("bad", train=train(epochs=1))
 BROKEN, ENDLESS = Candidate("broken", train=train(seed=13)), Candidate("endless", train=train(structure="encoder"))
 
@@ -144,10 +148,24 @@ async def test_a_restart_goes_on_with_the_jobs_that_were_submitted(world):
     assert found.rows[1].outcome == "not measured: killed"
 
 
-async def test_what_an_earlier_attempt_spent_counts_against_the_budget(world, tmp_path):
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "search.json").write_text('{"spent_s": 100.0, "children": {}}')
-    checkpoint = await world.store(tmp_path / "checkpoint", "checkpoint")
+async def test_a_search_begins_anew_where_the_checkpoint_is_of_another_version(world):
+    checkpoint = await world.checkpoint(FORMAT + 1, search='{"spent_s": "all of it", "jobs": []}')
+    found = await world.search(GOOD, job=(job := world.job(2, checkpoint)), budget_s=60, quantize=False)
+    assert (found.winner, job.checkpoint != checkpoint) == ("good", True)
+    for content in ('{"spent_s": ', '{"trials": [{"number": "one"}]}'):
+        with pytest.raises(ClientFault, match=r"search\.json") as raised:
+            await world.search(job=world.job(3, await world.checkpoint(FORMAT, search=content)), search=SEARCH)
+        assert raised.value.code == "invalid_checkpoint"
+
+
+def test_the_format_of_checkpoints_goes_with_what_they_hold():
+    """If this fails, raise FORMAT in plugin.py or compress.py, and put the new pair here."""
+    assert (FORMAT, shape(plugin._State, Trial)) == (1, "8c4efba96895589e")
+    assert (compress.FORMAT, shape(compress._State)) == (1, "e269430013b476ad")
+
+
+async def test_what_an_earlier_attempt_spent_counts_against_the_budget(world):
+    checkpoint = await world.checkpoint(search='{"spent_s": 100.0, "children": {}}')
     with pytest.raises(ClientFault, match="budget of 60 s was spent before it could start"):
         await world.search(GOOD, job=world.job(2, checkpoint), budget_s=60)
     assert world.jobs == {}

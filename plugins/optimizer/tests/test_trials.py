@@ -179,10 +179,8 @@ async def test_a_search_that_is_taken_over_keeps_its_trials_while_it_submits_its
     """The first checkpoint of the second attempt comes before anything of the search: it holds what the first one left."""
     mine = Candidate("mine", train=TrainRequest("", structure="tfidf-linear", seed=5))
     before = [{"number": 0, "parameters": {"epochs": 1}, "state": "failed", "why": "the loss is nan"}]
-    folder = world.scratch / "left"
-    folder.mkdir(parents=True)
-    (folder / "search.json").write_bytes(msgspec.json.encode({"spent_s": 1.0, "children": {}, "trials": before}))
-    job = world.job(2, await world.store(folder, "checkpoint"))
+    left = json.dumps({"spent_s": 1.0, "children": {}, "trials": before})
+    job = world.job(2, await world.checkpoint(search=left))
     saved = []
     monkeypatch.setattr(job, "save", lambda folder, **_: _read(folder, saved))
     await world.search(mine, job=job, search=searched(EPOCHS), quantize=False)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from kernelm_contracts.retriever import IndexCard, IndexRequest
@@ -12,9 +13,11 @@ from kernelm_retriever import index, passages
 from kernelm_retriever.asking import vectors
 from kernelm_retriever.index import Array
 from kernelm_retriever.passages import Passage
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
 
+FORMAT = 1  # of checkpoints: raise it when their vectors become others of the same request, or are kept otherwise
 LARGEST, MOST = 500_000, 64  # bytes of one answer of the embedder, which the broker has to carry; texts of one request
 NUMBER = 24  # bytes of a number in JSON, at most
 WORDS = (10, 2000)  # of a passage
@@ -34,7 +37,7 @@ async def make(request: IndexRequest, dataset: Path, job: Job, checkpoint_every_
         job.progress(0.98 * done / len(parts), "embed", f"{done:,} of {len(parts):,} passages", passages_per_s=rate)
         if time.monotonic() - saved > checkpoint_every_s and done < len(parts):
             blocks, saved = [np.concatenate(blocks)], time.monotonic()
-            await job.save(await job.in_thread(_keep, job.scratch, blocks[0]), passing=True)
+            await job.save(await job.in_thread(_keep, job.scratch, blocks[0]), format=FORMAT, passing=True)
     documents = len({part.document for part in parts})
     card = IndexCard(request.name, documents, len(parts), made.shape[1], request.embedder, request.model, request.dataset,
                      request.words)  # fmt: skip
@@ -56,9 +59,11 @@ def check(request: IndexRequest) -> None:
 
 async def _begin(request: IndexRequest, parts: Sequence[Passage], job: Job) -> Array:
     """The vectors of the job's last checkpoint, or the first one: its length says how many fit into an answer."""
-    if job.checkpoint:
-        folder = await job.context.artifact(job.checkpoint)
-        known = load_file(folder / index.VECTORS)["vectors"]
+    if folder := await job.resume(FORMAT):
+        try:
+            known = load_file(folder / index.VECTORS)["vectors"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise invalid_checkpoint(index.VECTORS, error) from None
         job.progress(0.98 * len(known) / len(parts), "embed", f"{len(known):,} of {len(parts):,} passages are known")
         return known
     job.progress(0.0, "embed", f"{len(parts):,} passages")

@@ -18,7 +18,9 @@ import kernelm_retriever
 from kernelm_contracts.retriever import AnswerFrame, AnswerRequest, IndexRequest, RecommendRequest, SearchRequest
 from kernelm_contracts.server import EmbedReply, EmbedRequest, GenerateFrame, GenerateRequest, Usage
 from kernelm_retriever.index import Index
+from kernelm_retriever.indexing import FORMAT
 from kernelm_retriever.plugin import RetrieverPlugin
+from kernelm_sdk.checkpoints import mark
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
 from kernelm_sdk.plugin import MANIFEST, Call, Job, JobCancelled, load_plugin, read_manifest
 
@@ -75,6 +77,7 @@ class Shelf:
 
     pool, threads = "archive-g1", 1
     log = logging.getLogger("test")
+    manifest = read_manifest(Path(kernelm_retriever.__file__).parent / MANIFEST)
 
     def __init__(self, folder: Path) -> None:
         self.scratch, self.bus, self.events, self.stored = folder / "scratch", Deployments(), list[Any](), dict[str, Path]()
@@ -158,6 +161,19 @@ async def test_a_job_goes_on_with_the_vectors_that_it_had(shelf: Shelf, monkeypa
     assert len(shelf.bus.asked) == 1, "two of three vectors were known"
     index = Index.load(shelf.stored[again.index])
     assert np.array_equal(index.vectors, whole.vectors)
+
+
+async def test_a_checkpoint_of_another_version_is_left_alone_and_a_broken_one_is_named(shelf: Shelf, tmp_path: Path) -> None:
+    folder, request = tmp_path / "old", IndexRequest(DATASET, "vectors", MODEL)
+    folder.mkdir()
+    (folder / "vectors.safetensors").write_bytes(b"nothing that this version would read")
+    shelf.stored["sha256:old"] = folder
+    again = await plugin(shelf).index(request, a_job(shelf, 2, "sha256:old"))
+    assert Index.load(shelf.stored[again.index]).card.passages == 3
+    mark(folder, shelf.manifest, FORMAT)
+    with pytest.raises(ClientFault, match=r"vectors\.safetensors") as caught:
+        await plugin(shelf).index(request, a_job(shelf, 3, "sha256:old"))
+    assert caught.value.code == "invalid_checkpoint"
 
 
 @pytest.mark.parametrize(("fields", "named"), [({"embedder": ""}, "`embedder`"), ({"model": ""}, "`model`"),

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kernelm_contracts.trainer import Scores, TrainRequest
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_trainer.processes import ALONE, Processes
 
@@ -121,7 +122,7 @@ def read(folder: Path | None, expected: str, model: nn.Module, optimizers: list[
         parameters = {name: tensors[f"model.{name}"] for name in trained(model)}
         generators = tensors["rng"]
     except (OSError, msgspec.DecodeError, SafetensorError, KeyError) as error:
-        raise ClientFault("invalid_checkpoint", f"checkpoint: not whole: {error!r}", "submit a new job") from None
+        raise invalid_checkpoint(f"{STATE}, {TENSORS}", error) from None
     with torch.no_grad():
         for name, p in trained(model).items():
             p.copy_(processes.part(parameters[name], p))

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from kernelm_contracts.trainer import TrainRequest
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_trainer import checkpoint, encoder, linear
 from kernelm_trainer.corpus import Corpus
@@ -99,7 +100,7 @@ def _read(folder: Path, expected: str, hidden: int) -> tuple[Embedded, NDArray[n
         state = msgspec.json.decode((folder / "state.json").read_bytes(), type=Embedded)
         embeddings = load_file(folder / "embeddings.safetensors")["embeddings"]
     except (OSError, msgspec.DecodeError, SafetensorError, KeyError) as error:
-        raise ClientFault("invalid_checkpoint", f"checkpoint: not one of a frozen encoder: {error!r}", "submit a new job") from None
+        raise invalid_checkpoint("state.json, embeddings.safetensors", error) from None
     if state.fingerprint != expected or embeddings.shape != (state.documents, hidden):
         raise ClientFault("checkpoint_mismatch", "checkpoint: state.json: the fingerprint is of another request or model",
                           "submit a new job; a job's request and trainer must stay the same")  # fmt: skip

@@ -14,6 +14,10 @@ from kernelm_trainer.allocator import in_main_arena
 from kernelm_trainer.demand import check_request
 from kernelm_trainer.settings import TrainerSettings
 
+# Of the checkpoints of all structures: raise it when `TrainRequest` (of whose fields their fingerprint is), a state.json or what
+# the tensors are changes. Checkpoints of another format are left alone, and the training begins anew.
+FORMAT = 1
+
 
 class JobObserver:
     """Passes a training's progress and checkpoints on to its job. Called from the worker thread."""
@@ -25,7 +29,7 @@ class JobObserver:
         self.job.progress(fraction, phase, message, **metrics)
 
     def save(self, folder: Path, lasting: bool = False) -> None:
-        self.job.wait(self.job.save(folder, passing=not lasting))
+        self.job.wait(self.job.save(folder, format=FORMAT, passing=not lasting))
 
 
 class TrainerPlugin(Plugin, Trainer):
@@ -42,9 +46,10 @@ class TrainerPlugin(Plugin, Trainer):
 
     async def _store(self, request: TrainRequest, job: Job) -> Trained:
         job.progress(0.0, "load", "artifacts")
-        digests = request.dataset, request.base, job.checkpoint, request.teacher.model if request.teacher else ""
-        dataset, *others = [await self.context.artifact(digest) if digest else None for digest in digests]
-        assert dataset is not None
+        digests = request.base, request.teacher.model if request.teacher else ""
+        base, teacher = [await self.context.artifact(digest) if digest else None for digest in digests]
+        others = base, await job.resume(FORMAT), teacher
+        dataset = await self.context.artifact(request.dataset)
         if request.processes > 1 or job.peers:
             outcome = await self._together(request, dataset, *others, job)
             if outcome is None:  # another instance speaks for all

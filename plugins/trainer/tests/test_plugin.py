@@ -10,12 +10,14 @@ import msgspec
 import pytest
 from textdata import LLAMA, write_packed
 
+from kernelm.testing.shapes import shape
 from kernelm_contracts.trainer import ModelTrained, TrainRequest
+from kernelm_sdk.checkpoints import mark
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Event
 from kernelm_sdk.plugin import Context, Job, JobCancelled, read_manifest
 from kernelm_sdk.system import ArtifactName, Resources
-from kernelm_trainer.plugin import TrainerPlugin
+from kernelm_trainer.plugin import FORMAT, TrainerPlugin
 from kernelm_trainer.settings import TrainerSettings
 
 PACKAGE = Path(__file__).parent.parent / "kernelm_trainer"
@@ -62,6 +64,38 @@ async def test_a_job_trains_stores_and_tells(context: FolderContext) -> None:
     second = Job(context, "jobs", "j1", 2, checkpoint=job.checkpoint)
     again = await plugin.train(request, second)
     assert again.validation == trained.validation
+
+
+@pytest.mark.parametrize(("fields", "state"), [
+    ({"epochs": 1}, {"fingerprint": "f", "epoch": 1, "batches": 4}),
+    ({"structure": "frozen-linear", "algorithm": "lbfgs"}, {"fingerprint": "f", "rows": 4}),
+])
+async def test_another_versions_checkpoint_is_left_alone_and_a_broken_one_is_named(
+    context: FolderContext, tmp_path: Path, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """A job is found by its key after an upgrade, with a checkpoint whose fields this version does not know."""
+    plugin = TrainerPlugin(context, TrainerSettings(threads=1))
+    request = TrainRequest("sha256:d", base="sha256:b", **fields)
+    whole = await plugin.train(request, Job(context, "jobs", "j1", 1))
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "state.json").write_bytes(msgspec.json.encode(state))
+    context.artifacts["sha256:old"] = folder
+    again = await plugin.train(request, Job(context, "jobs", "j1", 2, checkpoint="sha256:old"))
+    assert again.validation == whole.validation
+    assert "goes on from format 1: the work begins anew" in caplog.text
+    mark(folder, context.manifest, FORMAT)
+    with pytest.raises(ClientFault, match=r"state\.json.*unknown field") as caught:
+        await plugin.train(request, Job(context, "jobs", "j1", 3, checkpoint="sha256:old"))
+    assert caught.value.code == "invalid_checkpoint"
+
+
+def test_the_format_of_checkpoints_goes_with_what_they_hold() -> None:
+    """If this fails, raise FORMAT in plugin.py, and put the new pair here."""
+    from kernelm_trainer.checkpoint import Position
+    from kernelm_trainer.frozen import Embedded
+
+    assert (FORMAT, shape(TrainRequest, Position, Embedded)) == (1, "f4f2bd346d36dd79")
 
 
 async def test_a_cancelled_job_stores_nothing(context: FolderContext) -> None:

@@ -42,6 +42,7 @@ class Report(Struct, frozen=True):
     result: dict[str, Any] | None = None
     fault: FaultBody | None = None
     address: str = ""  # of rank 0 of several: where the others meet it; they are given the job then
+    note: str = ""  # for the job's record: what its owner should know of how it is done
 
 class UsedRow(Struct, frozen=True):
     """Calls of one model by one caller."""

@@ -11,9 +11,12 @@ from kernelm_contracts.data import DatasetCard, Input, PrepareRequest
 from kernelm_data.corpus import pool
 from kernelm_data.corpus.remote import check_address
 from kernelm_data.settings import DataSettings
+from kernelm_sdk import checkpoints
+from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
 
+FORMAT = 1  # of checkpoints: raise it when what shards hold, or their books or `CHAIN`, changes
 CHAIN = "chain.json"  # in a checkpoint: the digests of the checkpoints before it, each with other shards
 
 
@@ -39,16 +42,19 @@ def granted(url: str, prefixes: tuple[str, ...]) -> bool:
 
 
 async def chain_of(job: Job) -> list[str]:
-    """The checkpoints of earlier attempts, oldest first."""
-    if not job.checkpoint:
+    """The checkpoints of earlier attempts, oldest first. ClientFault "invalid_checkpoint" if the last one names none."""
+    if (folder := await job.resume(FORMAT)) is None:
         return []
-    folder = await job.context.artifact(job.checkpoint)
-    return [*msgspec.json.decode((folder / CHAIN).read_bytes(), type=list[str]), job.checkpoint]
+    try:
+        return [*msgspec.json.decode((folder / CHAIN).read_bytes(), type=list[str]), job.checkpoint]
+    except (OSError, msgspec.DecodeError) as error:
+        raise invalid_checkpoint(CHAIN, error) from None
 
 
 def _copy(tree: Path, work: Path) -> None:
     shutil.copytree(tree, work, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    (work / CHAIN).unlink(missing_ok=True)
+    for name in (CHAIN, checkpoints.FILE):
+        (work / name).unlink(missing_ok=True)
 
 
 class Checkpoints:
@@ -67,7 +73,7 @@ class Checkpoints:
             if (self._work / name).exists():
                 shutil.copyfile(self._work / name, tree / name)
         (tree / CHAIN).write_bytes(msgspec.json.encode(self._chain))
-        self._chain.append(self._job.wait(self._job.save(tree, shards=len(folders))))
+        self._chain.append(self._job.wait(self._job.save(tree, format=FORMAT, shards=len(folders))))
         shutil.rmtree(tree)
 
 
