@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 HOME_DIR ?= build/demo
+# of tests; each of them may start a whole system
+PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: demo images test-compose test check reference clean help bench-%
@@ -35,7 +37,7 @@ test-compose: images
 
 test: $(STAMP)
 	@$(BIN)/python -m pip install --quiet -r deploy/thirdparty.txt -c deploy/constraints.txt
-	$(BIN)/python -m pytest --ignore tests/compose $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore tests/compose -n $(PROCESSES) $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
