@@ -158,6 +158,7 @@ class ModelState(Struct, frozen=True, gc=False):
     priority: int = 0
     type: str = ""  # of the devices
     zero_after_s: float = 0.0  # without a call for so long it goes to zero, where `minimum` is; 0 for as the scheduler is set
+    within: Literal["", "node"] = ""  # all replicas on one node
 
 
 class ClusterState(Struct, frozen=True, gc=False):
@@ -194,7 +195,7 @@ class ClusterDelta(Struct, frozen=True, gc=False):
 
 
 class Decision(Struct, frozen=True, gc=False):
-    job: str  # for "scale" a model's name
+    job: str  # for "scale" a model's name, and for the "wait" of one that has fewer replicas than its minimum
     action: Action
     node: str = ""  # of the first member
     plugin: str = ""

@@ -73,6 +73,13 @@ def waits(job: PendingJob, ask: Ask, index: Index, room: Room) -> tuple[str, str
     return "waits: " + listed(text for text, _ in obstacles), "; or ".join(dict.fromkeys(remedy for _, remedy in obstacles))
 
 
+def misses(probe: PendingJob, ask: Ask, index: Index, ledger: Ledger, room: Room) -> tuple[str, str]:
+    """As `waits`, of a served model's replica: where no node could ever hold it, another one may come."""
+    if never := impossible(ask, index, ledger):
+        return f"waits: {never.removeprefix('can never run: ')}", "a larger node, or a larger quota"
+    return waits(probe, ask, index, room)
+
+
 def _obstacle(ask: Ask, index: Index, room: Room, row: int) -> tuple[str, str]:
     name, whoever = index.names[row], any_of(ask.plugins)
     slots = [room.slots[p][row] for p in ask.plugins if p in room.slots and room.slots[p][row] >= 0]

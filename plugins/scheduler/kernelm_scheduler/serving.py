@@ -76,6 +76,8 @@ def wanted(model: ModelState, now: float, rules: Serving) -> tuple[int, str]:
     up, late = needed(model, model.arrivals_per_s, rules), is_late(model, now, rules)
     if late and up <= model.replicas < high:
         return model.replicas + 1, f"{load}: p99 is over {model.latency_ms / 2:g} ms, not within {model.objective_ms:g} ms"
+    if model.replicas < low and up <= low:
+        return low, f"at least {low} replica{'s' * (low > 1)}"
     if model.replicas < max(low, min(up, high)):
         objective = f" within {model.objective_ms:g} ms" if model.objective_ms else ""
         return max(low, min(up, high)), f"{load}: {up} replicas answer them{objective}"

@@ -131,6 +131,36 @@ def test_a_deployment_says_itself_when_it_goes_to_zero() -> None:
     assert wanted(replace(idle, zero_after_s=20.0), idle.scaled + 15.0, RULES)[0] == idle.replicas
 
 
+PAIR = replace(MODEL, replicas=0, allocation=(), minimum=2, maximum=2, arrivals_per_s=0.0, within="node")  # its node was lost
+
+
+def test_replicas_of_one_node_are_begun_on_the_one_that_holds_most_of_them() -> None:
+    small = NodeState("a", Resources(4.0, 100), Resources(1.0, 50), {"s": 9})
+    large = replace(small, name="b", free=Resources(3.0, 50))
+    state = ClusterState(1, 1000.0, (small, large), (), models=(PAIR,), actions=("scale",))
+    [decision] = decide(state, Settings()).decisions
+    assert (decision.action, decision.allocation, decision.reason) == ("scale", (Share("b", 2),), "at least 2 replicas")
+    [decision] = decide(replace(state, nodes=(small, replace(large, free=Resources(1.5, 50)))), Settings()).decisions
+    assert [share.members for share in decision.allocation] == [1]
+    assert decision.reason == "at least 2 replicas, 1 more find no room"
+
+
+def test_a_model_that_finds_no_room_says_for_what_it_waits() -> None:
+    full = NodeState("a", Resources(4.0, 100), Resources(0.5, 50), {"s": 9})
+    state = ClusterState(1, 1000.0, (full,), (), models=(PAIR,), actions=("scale",))
+    [decision] = decide(state, Settings()).decisions
+    assert (decision.job, decision.action, decision.reason) == ("news", "wait", "waits: needs 1 core, node a has 0.5 free")
+    assert decision.remedy == "jobs on node a end, or a node with room"
+    small = replace(full, capacity=Resources(0.5, 100))
+    [decision] = decide(replace(state, nodes=(small,)), Settings()).decisions
+    assert (decision.reason, decision.remedy) == ("waits: needs 1 core, node a has 0.5 in all", "a larger node, or a larger quota")
+    [decision] = decide(replace(state, quotas={"default": Resources(0.0, 999)}), Settings()).decisions
+    assert decision.reason == "waits: needs 1 core, the quota of tenant default has 0 left"
+    has_one = replace(PAIR, replicas=1, allocation=(Share("a"),))
+    assert [d.action for d in decide(replace(state, models=(has_one,)), Settings()).decisions] == ["wait"]
+    assert decide(replace(state, models=(replace(has_one, minimum=1),)), Settings()).decisions == ()
+
+
 def test_nobody_else_is_stopped_for_a_replica_that_room_is_being_made_for() -> None:
     node = NodeState("n", Resources(4.0, 100), Resources(0.0, 50), {"s": 9, "t": 9})
     training = tuple(PlacedJob(f"t{i}", "n", Resources(1.0, 10), plugins=("t",), preemptible=True, leaving=i == 0)

@@ -90,6 +90,8 @@ class _Room:
         return complaint
 
     def _waits(self, d: Decision) -> str:
+        if d.action == "wait" and d.job in self.models:
+            return ""
         return "" if d.job in self.pending else "the scheduler decided on a job that does not wait"
 
     def _place(self, d: Decision) -> str:
@@ -115,8 +117,9 @@ class _Room:
         model = self.models.get(d.job)
         if model is None:
             return "the scheduler scales a model that is not served"
-        if not model.minimum <= sum(s.members for s in d.allocation) <= max(model.maximum, model.minimum):
-            return f"the scheduler gave it {sum(s.members for s in d.allocation)} replicas, not {model.minimum} to {model.maximum}"
+        fewest = min(model.minimum, model.replicas + 1)  # it may have fewer than that already, and no node room for all
+        if not fewest <= size(d.allocation) <= max(model.maximum, model.minimum):
+            return f"the scheduler gave it {size(d.allocation)} replicas, not {model.minimum} to {model.maximum}"
         plugin = next(iter(model.plugins), "")
         self._put(model.tenant, model.request, model.allocation, plugin, -1)
         complaint = self._take(d, model, d.allocation)

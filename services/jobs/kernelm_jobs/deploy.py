@@ -17,6 +17,7 @@ from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deployment import (
     Attempt,
+    answers,
     follows,
     is_replica,
     is_routed,
@@ -164,7 +165,7 @@ class Deployer:
                                           pool=spec.pool))  # fmt: skip
         self._table.publish(ModelScaled(model=request.name, replicas=count, was=was, why=f"generation {attempt.generation}",
                                         node=job.node, tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
-        why = f"answers as {request.name}, generation {attempt.generation}"
+        why = answers(request.name, attempt.generation)
         served = await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=result_of(deployment), why=why,
                                                                     progress=Progress(1.0, "serving")))  # fmt: skip
         await self._drained(spec.pool)

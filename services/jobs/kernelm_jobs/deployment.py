@@ -85,6 +85,11 @@ def pool_spec(request: DeployRequest, generation: int, node: str, instances: int
                     needs=needs)  # fmt: skip
 
 
+def answers(name: str, generation: int) -> str:
+    """The reason of a replica's job that serves."""
+    return f"answers as {name}, generation {generation}"
+
+
 def route_to(deployment: Deployment, pool: str, why: str) -> Route:
     """All calls of the deployment to `pool`, which is its own, or a service that answers while it sleeps."""
     return Route(deployment.name, "model", (Destination(pool, 100),), deployment.generation, deployment.artifact, why)

@@ -57,7 +57,7 @@ class Dispatcher:
 
     def __init__(self, bus: Bus, table: Table, cluster: Cluster, deployer: Deployer, scaling: Scaling, settings: Settings) -> None:
         self._bus, self._table, self._cluster, self._deployer, self._settings = bus, table, cluster, deployer, settings
-        self._scaling = scaling
+        self.scaling = scaling
         scaling.wake = self.wake
         self.condemned: set[str] = set()  # instances that hang and are being stopped: no more jobs for them
         self._wake = asyncio.Event()
@@ -124,7 +124,7 @@ class Dispatcher:
         until = {job.id: self._held.get(job.id, (0.0, 0))[0] - now for job in queued}
         due = [job for job in queued if until[job.id] <= 0]
         pause = min((s for s in until.values() if s > 0), default=None)
-        if due or self._scaling.scaled or self._table.jobs.in_states("running"):
+        if due or self.scaling.scaled or self._table.jobs.in_states("running"):
             try:
                 pause = min(await self._schedule(due), pause or HOLD_MAX_S)
             except Fault as fault:
@@ -153,13 +153,14 @@ class Dispatcher:
         deployments = {d.name: d for d in self._table.deployments.values()}
         self._shown.again()
         pending = [*pending_jobs(queued, system, installed, deployments, self._shown), *planned]
-        held, models, settings = holdings(jobs, deployments, system), self._scaling.states(), self._settings
+        held, models, settings = holdings(jobs, deployments, system), self.scaling.states(system), self._settings
         state = cluster_state(0, time.time(), held, pending, reports, ready, settings.quotas, settings.tenants, models=models,
                               loaded=loaded_models(system), shown=self._shown)  # fmt: skip
         return state, ready
 
     async def _nobody(self, queued: list[JobRecord], why: str) -> float:
         await self._table.explain({job.id: why for job in queued})
+        await self.scaling.explain({}, why)
         return AGAIN_S
 
     async def _carry_out(self, state: ClusterState, answer: Decisions, ready: Sequence[Worker]) -> float:
@@ -173,9 +174,14 @@ class Dispatcher:
         writes: dict[str, Change] = {}
         for decision in checked.accepted:
             if decision.action == "scale":
-                await self._scaling.scale(room.scale(decision, state))
+                now = room.scale(decision, state)
+                if now.allocation or not decision.allocation:
+                    await self.scaling.scale(now)
+                else:
+                    reasons[decision.job] = "waits: others make room for it"
                 continue
-            if (job := jobs.get(decision.job)) is None:  # cancelled meanwhile, or over
+            if (job := jobs.get(decision.job)) is None:  # cancelled meanwhile, or over; or a model that waits for a place
+                reasons[decision.job] = decision.reason
                 continue
             if decision.action == "place":
                 if not room.take(shares_in(decision), job.spec.resources):
@@ -204,6 +210,7 @@ class Dispatcher:
                 reasons[job.id] = decision.reason
         await self._commit(jobs, writes)
         await self._table.explain(reasons)
+        await self.scaling.explain(reasons)
         return AGAIN_S if checked.refused else self._settings.round_every_s  # nodes change without an event
 
     async def _commit(self, jobs: dict[str, JobRecord], writes: dict[str, Change]) -> None:

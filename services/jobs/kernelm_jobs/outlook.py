@@ -25,6 +25,9 @@ class Outlooks:
     async def why(self, id: str) -> Outlook:
         """ClientFault "not_found" where there is no such job; faults of the scheduler where it does not answer."""
         job = self._table.jobs.need(id)
+        if name := self._dispatcher.scaling.waiting(job):  # the deployment that it serves has lost its place
+            outlook = _outlook(name, job.spec.name, job.state, await self._decided(()))
+            return structs.replace(outlook, job=job.id, reason=job.why)
         if job.state != "queued":
             return Outlook(job.id, job.spec.name, job.state, node=job.node, reason=job.why)
         decisions = await self._decided(())

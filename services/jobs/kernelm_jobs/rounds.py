@@ -300,11 +300,13 @@ class Free:
         return True
 
     def scale(self, decision: Decision, state: ClusterState) -> Decision:
-        """The decision with as many further replicas as there is room for now."""
+        """The decision with as many further replicas as there is room for now, on one node: where it has some, else where it was
+        given most."""
         model = next(m for m in state.models if m.name == decision.job)
         has = {share.node: share.members for share in model.allocation}
+        at = max(decision.allocation, key=lambda share: (share.node in has, share.members), default=Share("")).node
         shares = []
-        for share in decision.allocation:
+        for share in (s for s in decision.allocation if s.node == at):
             count = min(share.members, has.get(share.node, 0))
             while count < share.members and self.take((structs.replace(share, members=1),), model.request):
                 count += 1

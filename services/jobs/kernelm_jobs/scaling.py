@@ -1,4 +1,4 @@
-"""Replicas of deployments: their load is measured, and what the scheduler decides about their number is carried out.
+"""Replicas of deployments: their load is measured, and what the scheduler decides about their number and place is carried out.
 
 The number that is wanted is on record (`Deployment.replicas`) before anything is begun; what follows from it (`_settle`) compares
 the record with the kernel's state and can be repeated at any time, so whoever was killed in the middle goes on with it.
@@ -6,12 +6,17 @@ the record with the kernel's state and can be repeated at any time, so whoever w
 To zero: first the route of the model moves to this service, then the pool is scaled to nothing, each instance drained, so no call
 is lost. From then on a call comes here (`absent`): the caller is told at once that the model starts (`starting`, 503, with
 `retry_after_s`), and the next round of the scheduler sees the call as load. When an instance is ready the route moves back.
+
+Elsewhere: a deployment whose node is gone (`holdings.stranded`) holds nothing any more, its calls are told so by this service, and
+the scheduler is shown that it has no replica and needs as many as before. Where it decides on another node, that is on record
+before the pool is moved there, under its own name: the generation stays, and the kernel stops what would run of it anywhere else.
+Until then it waits, and the record says for what; where its node comes back first, it goes on there.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import structs
 
@@ -19,8 +24,8 @@ from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, ModelSc
 from kernelm_contracts.scheduler import Decision, ModelState, Share
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
-from kernelm_jobs.deployment import has_ready, is_replica, request_of, route_to
-from kernelm_jobs.holdings import size
+from kernelm_jobs.deployment import answers, has_ready, is_replica, request_of, route_to
+from kernelm_jobs.holdings import home, serving, size, stranded
 from kernelm_jobs.load import Gauge, Load
 from kernelm_jobs.rounds import MODEL
 from kernelm_jobs.settings import Settings
@@ -28,11 +33,12 @@ from kernelm_jobs.states import HOLDING
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
-from kernelm_sdk.system import Empty, Kernel, Lifecycle, PoolSpec, Probe, ScaleRequest, SystemState
+from kernelm_sdk.system import Empty, Kernel, Lifecycle, PoolName, PoolSpec, Probe, ScaleRequest, SystemState
 
 log = logging.getLogger("kernelm.jobs")
 PATIENCE_S = 30.0  # for a kernel that restarts
 START_S = 3.0  # until a new replica answers, before one was measured
+WAITS = "waits: "  # so begins the reason of what has no room
 
 
 class Scaling:
@@ -44,6 +50,7 @@ class Scaling:
         self._loads: dict[str, Load] = {}
         self._start_s: dict[str, float] = {}  # deployment -> how long its last start took
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stranded: dict[str, str] = {}  # deployment without a place -> what has become of its node
         self.wake: Callable[[], None] = lambda: None  # have a round
 
     # ---- what the scheduler is told ----
@@ -54,19 +61,24 @@ class Scaling:
         return [d for d in self._table.deployments.values() if (job := self._table.jobs.get(d.job)) and request_of(job).maximum]
 
     async def run(self) -> None:
-        """Look at the load for ever, and have a round after each look."""
+        """Look for ever at the load, and at whether all is as the record says; have a round after each look at the load."""
         while True:
             await asyncio.sleep(self._settings.load_every_s)
-            if not (deployments := self.scaled):
+            if not (deployments := list(self._table.deployments.values())):
                 continue
             try:
-                await self._look(deployments, await self._cluster.system())
+                system = await self._cluster.system()
+                await self._measure(scaled := self.scaled, system)
             except Fault as fault:  # the kernel or the broker is away: nothing is known, so nothing changes
                 log.warning("the load of deployments can't be measured: %s", fault.message)
                 continue
-            self.wake()
+            for deployment in deployments:
+                if not self._settled(deployment, system):
+                    self._begin(deployment.name)
+            if scaled:
+                self.wake()
 
-    async def _look(self, deployments: Iterable[Deployment], system: SystemState) -> None:
+    async def _measure(self, deployments: Iterable[Deployment], system: SystemState) -> None:
         async def ask(instance: str) -> tuple[str, Probe] | None:
             try:
                 probe: Probe = await self._bus.call(Lifecycle.probe, Empty(), instance=instance, timeout_s=2.0)
@@ -79,33 +91,35 @@ class Scaling:
             mine = [i.id for i in system.instances if i.pool == deployment.pool and i.state == "ready"]
             probes = dict(found for found in await asyncio.gather(*map(ask, mine)) if found)
             self._loads[deployment.name] = self._gauge(deployment.name).look(probes, time.monotonic())
-            if not self._settled(deployment, system):
-                self._begin(deployment.name)
 
     def _gauge(self, name: str) -> Gauge:
         return self._gauges.setdefault(name, Gauge(self._settings.load_window_s, time.monotonic()))
 
-    def states(self) -> list[ModelState]:
+    def states(self, system: SystemState) -> list[ModelState]:
         """Every deployment that serves, with its load. One that is not scaled, or is being replaced now, stays as it is."""
         changing = {request_of(job).name for job in self._table.jobs.in_states(*HOLDING)
                     if is_replica(job) and not job.result}  # fmt: skip
-        found = []
+        found, self._stranded = [], {}
         for deployment in self._table.deployments.values():
             job = self._table.jobs.get(deployment.job)
             if job is not None and job.state in HOLDING and job.result:
-                found.append(self._state(deployment, job, deployment.name in changing))
+                if lost := stranded(deployment, home(deployment, job), system):
+                    self._stranded[deployment.name] = lost
+                found.append(self._state(deployment, job, deployment.name in changing, bool(lost)))
         return found
 
-    def _state(self, deployment: Deployment, job: JobRecord, changing: bool) -> ModelState:
+    def _state(self, deployment: Deployment, job: JobRecord, changing: bool, lost: bool) -> ModelState:
         request, load = request_of(job), self._loads.get(deployment.name, Load())
         low, high = bounds(request, deployment.replicas, changing)
-        node = deployment.node or job.node
-        allocation = (Share(node, deployment.replicas),) if deployment.replicas else ()
+        replicas = deployment.replicas
+        if lost:  # it has none, and is to come back as large as it was
+            replicas, low, high = 0, max(low, replicas), max(high, replicas)
+        allocation = (Share(home(deployment, job), replicas),) if replicas else ()
         return ModelState(deployment.name, job.spec.tenant, job.spec.resources, (MODEL + deployment.name,), deployment.artifact,
-                          deployment.replicas, allocation, low, high, round(load.arrivals_per_s, 3), load.queue,
+                          replicas, allocation, low, high, round(load.arrivals_per_s, 3), load.queue,
                           round(load.rate_per_s, 3), 1, load.latency_ms, request.objective_ms, round(load.idle_s, 1),
                           self._start_s.get(deployment.name, START_S), deployment.scaled or deployment.when, job.spec.priority,
-                          zero_after_s=request.idle_s)  # fmt: skip
+                          zero_after_s=request.idle_s, within="node")  # fmt: skip
 
     # ---- a call while there is no instance ----
 
@@ -114,13 +128,18 @@ class Scaling:
         deployment = self._table.deployments.get(model)
         if deployment is None:
             return ClientFault("unknown_model", f"there is no deployment {model!r}", "`kernelm model list` shows what is deployed")
+        after_s = self._start_s.get(model, START_S)
+        if deployment.replicas:
+            waits = deployment.why if deployment.why.startswith(WAITS) else self._stranded.get(model)
+            why = waits or "an instance is being started"
+            return KernelFault("starting", f"{model} has no instance now: {why}", "call again: callers with patience do so",
+                               retriable=True, retry_after_s=after_s)  # fmt: skip
         self._gauge(model).knock(caller, time.monotonic())
         if load := self._loads.get(model):
             self._loads[model] = structs.replace(load, queue=max(load.queue, 1), idle_s=0.0)
         else:
             self._loads[model] = Load(queue=1)
         self.wake()
-        after_s = self._start_s.get(model, START_S)
         return KernelFault("starting", f"{model} had no calls for a while, and is being started for this one",
                            "call again: callers with patience do so", retriable=True, retry_after_s=after_s)  # fmt: skip
 
@@ -128,21 +147,54 @@ class Scaling:
 
     async def scale(self, decision: Decision) -> None:
         """Put the number of replicas that was decided on record, and begin with what follows from it."""
-        replicas = size(decision.allocation)
+        replicas, lost = size(decision.allocation), self._stranded.pop(decision.job, "")
         node = decision.allocation[0].node if decision.allocation else ""
+        why = f"{lost}; {decision.reason}" if lost else decision.reason
         before, after = await self._table.deployments.update(decision.job, lambda now: structs.replace(
-            now, replicas=replicas, node=node or now.node, scaled=time.time(), why=decision.reason)
+            now, replicas=replicas, node=node or now.node, scaled=time.time(), why=why)
             if (now.replicas, now.node) != (replicas, node or now.node) else now)  # fmt: skip
         if after is not before:
-            log.info("%s goes from %d to %d replicas: %s", after.name, before.replicas, replicas, decision.reason)
-            job = self._table.jobs.need(after.job)
-            self._table.publish(ModelScaled(model=after.name, replicas=replicas, was=before.replicas, why=decision.reason,
-                                            node=after.node, tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
+            log.info("%s goes from %d to %d replicas: %s", after.name, 0 if lost else before.replicas, replicas, why)
+            if after.node != before.node:
+                await self._say(after, f"moves to node {after.node}: {why}", (Share(after.node, replicas),))
+            self._scaled(after, replicas, 0 if lost else before.replicas, why)
             self._begin(after.name)
+
+    async def explain(self, reasons: Mapping[str, str], otherwise: str = f"{WAITS}the scheduler has no place for it") -> None:
+        """Put on record for what those wait that lost their node, and found no place in this round."""
+        for name, lost in list(self._stranded.items()):
+            why = f"{WAITS}{reasons.get(name, otherwise).removeprefix(WAITS)}; {lost}"
+            if (found := self._table.deployments.get(name)) is not None:
+                await self._table.deployments.update(name, lambda now, why=why: now if now.why == why else  # type: ignore[misc]
+                                                     structs.replace(now, why=why))  # fmt: skip
+                await self._say(found, why)
+
+    def waiting(self, job: JobRecord) -> str:
+        """The deployment that the job serves and that waits for a place; "" for none."""
+        deployments = {d.name: d for d in self._table.deployments.values()}
+        found = serving(job, deployments) if job.state in HOLDING else None
+        return found.name if found is not None and found.why.startswith(WAITS) else ""
+
+    async def _say(self, deployment: Deployment, why: str, allocation: tuple[Share, ...] = ()) -> None:
+        """Put on the record of the deployment's job how it is, and where, if that is new."""
+
+        def change(now: JobRecord) -> JobRecord:
+            new = structs.replace(now, why=why)
+            return structs.replace(new, node=allocation[0].node, allocation=allocation) if allocation else new
+
+        job = self._table.jobs.get(deployment.job)
+        if job is not None and (job.why != why or allocation):
+            await self._table.move_all({job.id: lambda now: change(now) if now.state == "running" else now})
+
+    def _scaled(self, deployment: Deployment, replicas: int, was: int, why: str) -> None:
+        """Tell everybody."""
+        job = self._table.jobs.need(deployment.job)
+        self._table.publish(ModelScaled(model=deployment.name, replicas=replicas, was=was, why=why, node=deployment.node,
+                                        tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
 
     def recover(self) -> None:
         """After a restart: go on with what was begun."""
-        for deployment in self.scaled:
+        for deployment in self._table.deployments.values():
             self._begin(deployment.name)
 
     def _begin(self, name: str) -> None:
@@ -162,46 +214,88 @@ class Scaling:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _lost(self, deployment: Deployment, system: SystemState) -> str:
+        """What has become of the node of a deployment that has no replica since; "" for nothing."""
+        job = self._table.jobs.get(deployment.job)
+        return stranded(deployment, home(deployment, job), system) if job is not None else ""
+
     def _settled(self, deployment: Deployment, system: SystemState) -> bool:
         """Whether pool and route are as the record says."""
         spec = _pool(deployment, system)
-        if spec is None or spec.parked or _swapped(deployment.name, system):
-            return True  # a swap is about it: when that is over, the next look tells
-        at = self._bus.user if deployment.replicas == 0 else deployment.pool
-        return spec.instances == deployment.replicas and _route(deployment.name, system) in ("", at)
+        if spec is None or spec.parked:
+            return True
+        placed = not deployment.replicas or spec.node == (deployment.node or spec.node)
+        if _swapped(deployment.name, system):
+            return placed  # a swap is about number and route: when that is over, the next look tells
+        away = deployment.replicas == 0 or self._lost(deployment, system)
+        at = self._bus.user if away else deployment.pool
+        return placed and spec.instances == deployment.replicas and _route(deployment.name, system) in ("", at)
 
     async def _settle(self, name: str) -> None:
-        """Make pool and route what the record says; a replacement of the model that is under way comes first."""
+        """Make pool and route what the record says. While a replacement of the model is under way only the place, for that may
+        take long, as a canary that is watched; all else when it is over."""
+        deployment, system = self._table.deployments.get(name), await self._cluster.system(PATIENCE_S)
+        if deployment is not None and _swapped(name, system):
+            await self._move(deployment, system)
+            return
         async with self._deployer.alone(name):
-            deployment = self._table.deployments.get(name)
+            deployment, system = self._table.deployments.get(name), await self._cluster.system(PATIENCE_S)
             if deployment is None:
                 return  # it was taken away meanwhile
-            system = await self._cluster.system(PATIENCE_S)
             spec = _pool(deployment, system)
             if spec is None or self._settled(deployment, system):
                 return
             begun = time.monotonic()
             if deployment.replicas == 0:
                 await self._point(deployment, self._bus.user, "no calls: the next one starts an instance")
-                await self._bus.call(Kernel.scale, ScaleRequest(spec.pool, 0), timeout_s=10.0, patience_s=PATIENCE_S)
+                await self._scale_pool(spec, 0)
                 return
-            node = deployment.node or spec.node
-            if spec.node == node:
-                if spec.instances != deployment.replicas:
-                    wanted = ScaleRequest(spec.pool, deployment.replicas)
-                    await self._bus.call(Kernel.scale, wanted, timeout_s=10.0, patience_s=PATIENCE_S)
-            else:  # it had no instance, and its next ones are elsewhere
-                moved = structs.replace(spec, node=node, instances=deployment.replicas)
-                await self._bus.call(Kernel.start_pool, moved, timeout_s=10.0, patience_s=PATIENCE_S)
+            if lost := self._lost(deployment, system):
+                await self._point(deployment, self._bus.user, lost)
+                self._scaled(deployment, 0, deployment.replicas, lost)
+                return
+            if not await self._move(deployment, system) and spec.instances != deployment.replicas:
+                await self._scale_pool(spec, deployment.replicas)
             if _route(name, system) != deployment.pool:
                 await self._ready(deployment)
                 self._start_s[name] = round(time.monotonic() - begun, 1)
-                await self._point(deployment, deployment.pool, deployment.why)
+                await self._return(deployment, spec)
+
+    async def _scale_pool(self, spec: PoolSpec, instances: int) -> None:
+        await self._bus.call(Kernel.scale, ScaleRequest(spec.pool, instances), timeout_s=10.0, patience_s=PATIENCE_S)
+
+    async def _move(self, deployment: Deployment, system: SystemState) -> bool:
+        """Have the pool on the node that was decided; whether it was on another one."""
+        spec = _pool(deployment, system)
+        if spec is None or spec.parked or not deployment.replicas or spec.node == (deployment.node or spec.node):
+            return False
+        moved = structs.replace(spec, node=deployment.node, instances=deployment.replicas)
+        await self._bus.call(Kernel.start_pool, moved, timeout_s=10.0, patience_s=PATIENCE_S)
+        now = self._table.deployments.get(deployment.name)
+        if now is None or now.pool != spec.pool:  # what replaces it has ended it meanwhile
+            await self._bus.call(Kernel.stop_pool, PoolName(spec.pool), timeout_s=10.0, patience_s=PATIENCE_S)
+        elif _route(deployment.name, system) != self._bus.user:  # else it is ready before it gets calls again
+            await self._ready(deployment)
+            await self._say(deployment, answers(deployment.name, deployment.generation))
+        return True
+
+    async def _return(self, deployment: Deployment, spec: PoolSpec) -> None:
+        """Its calls go to its pool again."""
+        why = deployment.why
+        if why.startswith(WAITS):  # its node came back before another one had room
+            why = f"node {deployment.node or spec.node} is there again"
+            deployment = (await self._table.deployments.update(deployment.name, lambda now: structs.replace(now, why=why)))[1]
+            self._scaled(deployment, deployment.replicas, 0, why)
+        await self._point(deployment, deployment.pool, why)
+        await self._say(deployment, answers(deployment.name, deployment.generation))
 
     async def _ready(self, deployment: Deployment) -> None:
-        """Until an instance is ready; PluginFault "not_ready" after `deploy_s`."""
+        """Until an instance is ready; KernelFault "not_ready" after `deploy_s`, or where none will be: the next look tells more."""
         until = time.monotonic() + self._settings.deploy_s
-        while not has_ready(deployment.pool, await self._cluster.system(PATIENCE_S)):
+        while not has_ready(deployment.pool, system := await self._cluster.system(PATIENCE_S)):
+            now = self._table.deployments.get(deployment.name)
+            if now is None or (now.pool, now.node) != (deployment.pool, deployment.node) or self._lost(now, system):
+                raise KernelFault("not_ready", f"{deployment.pool} has lost its place before it was ready", retriable=True)
             if time.monotonic() > until:
                 raise KernelFault("not_ready", f"{deployment.pool} has no ready instance within {self._settings.deploy_s:g} s",
                                   "see the log of its instances", retriable=True)  # fmt: skip
@@ -213,8 +307,10 @@ class Scaling:
 
 def bounds(request: DeployRequest, replicas: int, changing: bool) -> tuple[int, int]:
     """(fewest, most) replicas that may be decided on now."""
-    if changing or not request.maximum:
+    if changing:
         return replicas, replicas
+    if not request.maximum:  # fewer, where a node had no room for more
+        return request.instances, request.instances
     return request.minimum, max(request.maximum, request.minimum)
 
 

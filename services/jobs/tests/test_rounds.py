@@ -7,9 +7,10 @@ from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, ModelState, NodeState, PendingJob, PlacedJob, Share
 from kernelm_jobs.checks import check
 from kernelm_jobs.deployment import pool_spec
-from kernelm_jobs.holdings import holdings
+from kernelm_jobs.holdings import holdings, stranded
 from kernelm_jobs.rounds import (
     Crews,
+    Free,
     Shown,
     choose,
     cluster_state,
@@ -84,6 +85,60 @@ def test_what_a_deployment_holds_follows_its_instances() -> None:
     model = ModelState("news", replicas=0, maximum=2, plugins=("model:news",))
     state = cluster_state(7, 100.0, [none], [], [REPORT], [], {}, models=[model])
     assert (state.placed, state.nodes[0].plugins, state.nodes[0].free) == ((), {"model:news": 2}, Resources(2.0, 8000))
+
+
+def test_a_deployment_whose_node_is_gone_holds_nothing_and_what_lives_elsewhere_is_counted_there() -> None:
+    served = job("d", "running", 0.5, uses="deploy", request={"name": "news", "model": MODEL}, node="far")
+    served = msgspec.structs.replace(served, result={"model": "news", "pool": SERVING})
+    record = Deployment("news", 1, MODEL, SERVING, "encoder", "d", replicas=2, node="far")
+    node = Instance("node-far", "node", "", "node", "", "ready", ("node/1",))
+    here = Instance("e-2", "encoder", "1", SERVING, "far", "ready", ("server/1",))
+    lost = msgspec.structs.replace(node, state="lost", reason="no sign of life for 5 s")
+
+    def system(*instances: Instance) -> SystemState:
+        return msgspec.structs.replace(SYSTEM, instances=instances)
+
+    def shares(*instances: Instance, of: Deployment = record) -> tuple[Share, ...]:
+        [held] = holdings([served], {"news": of}, system(*instances))
+        return held.shares
+
+    gone = msgspec.structs.replace(here, state="lost")
+    assert shares(node, gone) == (Share("far", 2),), "it starts them again"
+    assert shares(lost, here) == (Share("far", 2),), "an instance may outlive the node's process, which is started again"
+    assert shares(lost, gone) == () == shares(gone)
+    assert stranded(record, "far", system(lost, gone)) == "node far is lost: no sign of life for 5 s"
+    assert stranded(msgspec.structs.replace(record, replicas=0), "far", system(lost, gone)) == ""
+    moved = msgspec.structs.replace(record, node="local")
+    assert shares(lost, gone, msgspec.structs.replace(node, id="node-local"), of=moved) == (Share("local", 2),)
+    assert shares(here, msgspec.structs.replace(node, id="node-local"), of=moved) == (Share("far", 1), Share("local", 2))
+    superseded = msgspec.structs.replace(record, job="another")
+    assert holdings([served], {"news": superseded}, system(lost, gone)) == []
+
+
+@pytest.mark.parametrize(("shares", "refused"), [
+    ((Share("local", 2),), {}), ((Share("local", 1),), {}),  # as many as there is room for
+    ((), {"news": "the scheduler gave it 0 replicas, not 2 to 2"}),
+    ((Share("local", 3),), {"news": "the scheduler gave it 3 replicas, not 2 to 2"}),
+])  # fmt: skip
+def test_a_model_that_has_too_few_replicas_may_get_some_of_them(shares: tuple[Share, ...], refused: dict[str, str]) -> None:
+    node = NodeState("local", Resources(4.0, 8000), Resources(4.0, 8000), {"model:news": 9})
+    model = ModelState("news", request=Resources(1.0, 1), plugins=("model:news",), minimum=2, maximum=2)
+    state = ClusterState(3, 100.0, (node,), (), models=(model,), actions=("scale",))
+    assert check(state, Decisions(3, (Decision("news", "scale", "local", "model:news", "r", 0.0, shares),))).refused == refused
+    assert not check(state, Decisions(3, (Decision("news", "wait", reason="no room"),))).refused
+
+
+def test_replicas_are_carried_out_on_one_node() -> None:
+    node = NodeState("a", Resources(4.0, 8000), Resources(1.0, 8000), {"model:news": 9})
+    nodes = (node, msgspec.structs.replace(node, name="b", free=Resources(4.0, 8000)))
+    model = ModelState("news", request=Resources(1.0, 1), plugins=("model:news",), minimum=2, maximum=4)
+    state = ClusterState(3, 100.0, nodes, (), models=(model,), actions=("scale",))
+    decision = Decision("news", "scale", "a", "model:news", "r", 0.0, (Share("a", 1), Share("b", 2)))
+    assert Free(state).scale(decision, state).allocation == (Share("b", 2),)
+    serving = msgspec.structs.replace(model, replicas=1, allocation=(Share("a", 1),))
+    state = msgspec.structs.replace(state, models=(serving,))
+    more = msgspec.structs.replace(decision, allocation=(Share("a", 2), Share("b", 3)))
+    assert Free(state).scale(more, state).allocation == (Share("a", 2),)
 
 
 def test_the_plugin_is_the_user_s_choice_then_the_route_s() -> None:
