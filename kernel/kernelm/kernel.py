@@ -20,6 +20,7 @@ from kernelm.router import Router
 from kernelm.supervisor import Supervisor
 from kernelm.swaps import Swapper
 from kernelm_authority.identity import LEASE_S, Authority
+from kernelm_authority.machines import Machines
 from kernelm_sdk import system as api
 from kernelm_sdk import tracing
 from kernelm_sdk.bus import Bus, handlers_of
@@ -42,8 +43,9 @@ class KernelService:
         self.supervisor = Supervisor(bus, self.authority, self.registry, self.catalog)
         self.swapper = Swapper(bus, self.catalog, self.registry, self.supervisor, self.router)
         self.trail = AuditTrail(bus)
-        self.members = Members(bus, self.authority, self.router)
+        self.members = Members(bus, self.authority, self.router, self._note)
         self.enroll, self.renew = self.members.enroll, self.members.renew
+        self.forget_machine = Machines(bus, self.members.shut_out, self._note).forget
         keys = Keys(bus, self.authority, self.router, self._note)
         self.create_key, self.list_keys, self.rotate_key, self.revoke_key = keys.create, keys.list, keys.rotate, keys.revoke
         self._lease = bus.bucket("leases", Lease)

@@ -36,8 +36,8 @@ class Member(msgspec.Struct, frozen=True):
 class Members:
     """Enrolls, renews and shuts out the members of the system: records `member.<name>` in KV `registry`."""
 
-    def __init__(self, bus: Bus, authority: Authority, router: Router) -> None:
-        self._records, self._authority, self._router = bus.bucket("registry", Member), authority, router
+    def __init__(self, bus: Bus, authority: Authority, router: Router, note: Callable[[Any, str, str], Awaitable[None]]) -> None:
+        self._records, self._authority, self._router, self._note = bus.bucket("registry", Member), authority, router, note
 
     async def of(self, name: str) -> Member:
         return (await self._get(name))[0]
@@ -61,11 +61,13 @@ class Members:
         await self._records.delete(f"member.{name}")
 
     async def enroll(self, request: api.EnrollRequest, call: Any) -> Enrolled:
-        name, grant = self._authority.verify(request.token, "join")
+        name, grant, expires = self._authority.verify(request.token, "join")
         if name != call.caller:
             raise ClientFault("unauthorized", "the token belongs to another connection", "connect with the token itself")
         used, revision = await self._records.get(f"token.{name}")
-        if used is None:
+        if not expires:  # what a further machine's member comes back by, until it is forgotten
+            await self.of(name)
+        elif used is None:
             await self._records.put(f"token.{name}", Member(grant, request.public_key, 0), revision, ttl_s=3600)
         elif used.key != request.public_key:  # the same key again: the first answer was lost
             raise ClientFault("unauthorized", "the join token was used already", "issue a new one")
@@ -75,6 +77,8 @@ class Members:
             await self.shut_out(grant.name)  # one name, one holder: the one before may be frozen, and thaw
         jwt, expires = self._authority.issue(grant, request.public_key, LIFETIME_S)
         await self._records.put(f"member.{grant.name}", Member(grant, request.public_key, expires), -1)
+        if grant.role == "machine" or name.startswith("machine-"):
+            await self._note(call, "enroll", grant.name)
         return Enrolled(grant.name, jwt, expires)
 
     async def renew(self, request: api.RenewRequest, call: Any) -> Enrolled:
@@ -103,8 +107,7 @@ class Members:
                 member, revision = await self._records.get(f"member.{name}")
         if member:
             await self._router.hasten(name)
-            if member.expires > time.time():
-                await self._router.revoke(member.key, member.expires)
+            await self._router.revoke(member.key, member.expires)
 
 
 class Keys:

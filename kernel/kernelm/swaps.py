@@ -188,10 +188,8 @@ class Swapper:
                 old = self._supervisor.pools.get(swap.before)
                 if old is None or not old.parked or not old.contracts:
                     break
-                back = SwapRequest(
-                    old, swap.routes, spec.pool, bounds=api.Bounds(watch_s=0.0), why=request.why or f"rollback of {swap.id}"
-                )
-                return await self.begin(back, by)
+                why = request.why or f"rollback of {swap.id}"
+                return await self.begin(SwapRequest(old, swap.routes, spec.pool, bounds=api.Bounds(watch_s=0.0), why=why), by)
         raise ClientFault("not_found", f"there is nothing before pool {spec.pool!r} to go back to",
                           "a deployed model goes back by `kernelm models rollback`")  # fmt: skip
 
@@ -225,10 +223,7 @@ class Swapper:
         manifest = self._catalog.of(spec)
         for instance in ready:
             await self._prove(instance, spec, manifest, swap)
-        if swap.canary:
-            took = await self._router.set_all([_canary(r, swap) for r in record.prior])
-        else:
-            took = await self._router.set_all(self._final(record))
+        took = await self._router.set_all([_canary(r, swap) for r in record.prior] if swap.canary else self._final(record))
         await self._note(record, "watching" if swap.bounds.watch_s and swap.before else "retiring", took_ms=round(took, 3))
         for name in swap.routes:
             await self._bus.publish(api.RouteChanged(route=self._router.table[name], took_ms=took))
@@ -317,8 +312,7 @@ class Swapper:
             await self._supervisor.want(msgspec.structs.replace(old, parked=True))
 
             async def gone() -> bool:
-                live = [i for i in self._registry.instances.values() if i.pool == swap.before and i.state in LIVE]
-                return not live
+                return not any(i.pool == swap.before and i.state in LIVE for i in self._registry.instances.values())
 
             try:
                 await self._wait_for(gone, 600.0, f"pool {swap.before} did not end")
@@ -352,11 +346,10 @@ class Swapper:
 
     async def _note(self, record: Record, phase: str, **fields: Any) -> None:
         """Make a phase durable, and an event."""
-        was = record.swap.phase if phase else ""
+        was, swap = record.swap.phase if phase else "", record.swap
         if phase:
-            swap = msgspec.structs.replace(record.swap, phase=phase, since=time.time(), **fields)
+            swap = msgspec.structs.replace(swap, phase=phase, since=time.time(), **fields)
             record = msgspec.structs.replace(record, swap=swap)
-        swap = record.swap
         await self._bucket.put(f"swap.{swap.id}", record, -1, patience_s=30)
         self._records[swap.id] = record
         await self._bus.publish(api.SwapChanged(swap=swap, was=was))

@@ -37,11 +37,9 @@ class Second:
         return str(self.stack.compose(*words, files=files))
 
     def hand_tokens(self) -> None:
-        """As an operator copies them there, for the next start of who has used up his."""
-        tokens = [self.folder / "home" / "join" / member / "token" for member in ("node", "artifacts")]
-        if not all(token.exists() for token in tokens):
-            done = self.stack.deploy("machine", "two", "--to", str(self.folder), "--address", "host-gateway")
-            assert done.returncode == 0, done.stderr
+        """As an operator copies them there."""
+        done = self.stack.deploy("machine", "two", "--to", str(self.folder), "--address", "host-gateway")
+        assert done.returncode == 0, done.stderr
 
     def members(self) -> list[Container]:
         label = {"label": f"com.docker.compose.project={self.project}"}
@@ -138,12 +136,25 @@ def test_work_spreads_and_goes_on_elsewhere_when_a_machine_is_cut_off(stack: Sta
     for member in second.members():  # with what was the work of who is shut out
         network.connect(member)
 
-    def back() -> bool:
-        second.hand_tokens()
-        return second.trainers() == {"local", "two"}
-
-    stack.until(back, 300, "the second machine again, joined anew")
+    stack.until(lambda: second.trainers() == {"local", "two"}, 300, "the second machine again, by itself")
     after = second.job(cut.id)
     assert (after.epoch, after.result) == (done.epoch, done.result)
     assert [a.digest for a in second.artifacts("model") if a.lineage.get("job") == cut.id] == [done.result["model"]], "not twice"
     table.append(f"cut off: a training went on from its checkpoint on the other machine, epoch {cut.epoch} to {done.epoch}")
+
+
+def test_a_forgotten_machine_is_out_and_told_so(stack: Stack, second: Second) -> None:
+    """Restarted it comes back; forgotten it does not, until there are tokens again."""
+    for member in second.members():
+        member.restart(timeout=30)
+    stack.until(lambda: second.trainers() == {"local", "two"}, 300, "the second machine after a restart")
+    done = stack.deploy("forget", "two")
+    assert done.returncode == 0, done.stderr
+    stack.until(lambda: second.trainers() == {"local"}, 60, "the end of what ran there")
+
+    def told() -> bool:
+        return all(b"this machine was forgotten" in member.logs() for member in second.members())
+
+    stack.until(told, 180, "the reason in the logs of its members")
+    second.hand_tokens()
+    stack.until(lambda: second.trainers() == {"local", "two"}, 300, "the second machine, taken in again")

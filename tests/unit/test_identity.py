@@ -31,7 +31,7 @@ def test_keys_are_made_once_and_only_their_owner_can_read_them(authority: Author
 def test_what_was_issued_can_be_verified_and_what_was_touched_can_not(authority: Authority) -> None:
     grant = Grant("plugin", "data-1", "data", "data", calls=("jobs/1.submit",))
     jwt, expires = authority.issue(grant, public_key(new_seed()))
-    assert authority.verify(jwt, "grant") == ("data-1", grant)
+    assert authority.verify(jwt, "grant") [:2] == ("data-1", grant)
     assert expires > time.time()
     head, claims, signature = jwt.split(".")
     for forged in (f"{head}.{claims[:-4]}AAAA.{signature}", "nonsense", authority.account_jwt()):
@@ -47,7 +47,7 @@ def test_an_expired_token_is_refused(authority: Authority) -> None:
 
 def test_a_stranger_may_do_one_thing() -> None:
     publish, subscribe = permissions(Grant("join", "join-1"))
-    assert publish == ["_INBOX.*.>", "svc.kernel.v1.enroll.join-1", "impl.*.kernel.v1.enroll.join-1"]
+    assert publish == ["svc.kernel.v1.enroll.join-1", "impl.*.kernel.v1.enroll.join-1"]
     assert subscribe == ["_INBOX.join-1.>"]
 
 

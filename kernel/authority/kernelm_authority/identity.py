@@ -48,15 +48,16 @@ SERVICES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     "gateway": ((), ("keys", "deployments", "jobs", "runs"), ("*",)),
     "node": ((), (), ("kernel/1.exited", "kernel/1.state", "artifacts/1")),
 }
-DENIED = ("create-key", "rotate-key", "revoke-key")  # of kernel/1, to all services: only an administrator gives rights away
+# Of kernel/1, to all services: only an administrator gives rights away, or takes them.
+DENIED = ("create-key", "rotate-key", "revoke-key", "forget-machine")
 
 
 class Grant(msgspec.Struct, frozen=True):
     """Who a token or JWT is for: compiled to allow lists by `permissions`, carried in the JWT's tags by the signer."""
 
-    role: str  # "admin", "service", "plugin", "client", "join"
+    role: str  # "admin", "service", "plugin", "client", "join", "machine"
     name: str
-    pool: str = ""
+    pool: str = ""  # of a "machine": the member of it that comes back
     plugin: str = ""
     calls: tuple[str, ...] = ()  # "contract/major" or "contract/major.method"
     models: tuple[str, ...] = ()
@@ -74,6 +75,11 @@ def sign(claims: dict[str, Any], seed: str) -> str:
     claims["jti"] = base64.b32encode(hashlib.sha256(msgspec.json.encode(claims)).digest()).rstrip(b"=").decode()
     head = _b64(b'{"typ":"JWT","alg":"ed25519-nkey"}') + "." + _b64(msgspec.json.encode(claims))
     return f"{head}.{_b64(nkeys.from_seed(seed.encode()).sign(head.encode()))}"
+
+
+def _tag(kind: str, grant: Grant) -> str:
+    """A grant as a JWT's tag: tags are lower-cased by some tools, and base32 survives that."""
+    return f"{kind}:{base64.b32encode(msgspec.json.encode(grant)).decode()}"
 
 
 def read(jwt: str, *issuers: str) -> dict[str, Any]:
@@ -102,9 +108,9 @@ def permissions(grant: Grant) -> tuple[list[str], list[str]]:
         for tail in tails:
             publish.extend([f"svc.{tail}.{me}" if not tail.startswith("model.") else f"{tail}.{me}", f"impl.*.{tail}.{me}"])
 
-    if grant.role == "join":
+    if grant.role in ("join", "machine"):
         may_call("kernel.v1.enroll")
-        return publish, subscribe
+        return publish[1:], subscribe  # it answers nobody
     if grant.role == "client":
         may_call(*(f"model.{model}.{method}" for model in grant.models for method in grant.methods))
         return publish, subscribe
@@ -185,11 +191,14 @@ class Authority:
         return Credentials(name, jwt, seed)
 
     def issue(self, grant: Grant, key: str, lifetime_s: int = LIFETIME_S) -> tuple[str, int]:
-        """A JWT for `grant`, with the allow lists compiled in."""
+        """A JWT for `grant`, with the allow lists compiled in. That of a further machine's member lets its holder enroll as that
+        member, any number of times, until it is forgotten: so it has no end."""
         publish, subscribe = permissions(grant)
-        packed = base64.b32encode(msgspec.json.encode(grant)).decode()  # tags are lower-cased by some tools: base32 survives
+        tag = _tag("grant", grant)
+        if grant.role == "machine":
+            tag, lifetime_s = _tag("join", Grant("service", grant.pool, pool=grant.pool)), 0
         deny = [f"{to}.kernel.v1.{m}.{grant.name}" for m in DENIED for to in ("svc", "impl.*", "inst.*")]
-        return self.user_jwt(grant.name, key, publish, subscribe, lifetime_s, tags=[f"grant:{packed}"],
+        return self.user_jwt(grant.name, key, publish, subscribe, lifetime_s, tags=[tag],
                              deny=deny if grant.role == "service" else ())  # fmt: skip
 
     def token(self, name: str, grant: Grant | None = None, ttl_s: int = 600) -> str:
@@ -197,16 +206,16 @@ class Authority:
         grant = grant or Grant("service", subject_token(name), pool=name)
         seed, identifier = new_seed(), f"join-{secrets.token_hex(8)}"
         publish, subscribe = permissions(Grant("join", identifier))
-        packed = base64.b32encode(msgspec.json.encode(grant)).decode()
-        jwt, expires = self.user_jwt(identifier, public_key(seed), publish, subscribe, ttl_s, tags=[f"join:{packed}"])
+        jwt, expires = self.user_jwt(identifier, public_key(seed), publish, subscribe, ttl_s, tags=[_tag("join", grant)])
         return _b64(msgspec.json.encode(Credentials(identifier, jwt, seed, expires)))
 
-    def verify(self, jwt: str, kind: str) -> tuple[str, Grant]:
-        """(name, grant) of a JWT of ours, `kind` being "join" or "grant"; ClientFault "unauthorized" otherwise."""
+    def verify(self, jwt: str, kind: str) -> tuple[str, Grant, int]:
+        """(name, grant, expiry) of a JWT of ours, `kind` being "join" or "grant"; ClientFault "unauthorized" otherwise."""
         claims = read(jwt, self.account, *self.signing.public())
         for tag in claims["nats"].get("tags", []):
             if tag.lower().startswith(f"{kind}:"):
-                return claims["name"], msgspec.json.decode(base64.b32decode(tag[len(kind) + 1 :].upper()), type=Grant)
+                grant = msgspec.json.decode(base64.b32decode(tag[len(kind) + 1 :].upper()), type=Grant)
+                return claims["name"], grant, claims.get("exp", 0)
         raise ClientFault("unauthorized", f"not a {kind} token", "get one from `kernelm`")
 
 

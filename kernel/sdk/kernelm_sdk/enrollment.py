@@ -24,12 +24,25 @@ def public_key(seed: str) -> str:
 
 
 async def join(url: str, token: str, patience_s: float = 60.0) -> Credentials:
-    """Turn a one-time join token into credentials of one's own: the seed is made here and never leaves."""
+    """Turn a join token into credentials of one's own: the seed is made here and never leaves."""
+    return await enroll(url, ticket_of(token), new_seed(), patience_s)
+
+
+def ticket_of(token: str) -> Credentials:
+    """The credentials that a join token is; ClientFault "unauthorized" where it is none."""
     try:
-        ticket = msgspec.json.decode(base64.urlsafe_b64decode(token.strip() + "==="), type=Credentials)
+        return msgspec.json.decode(base64.urlsafe_b64decode(token.strip() + "==="), type=Credentials)
     except (ValueError, msgspec.DecodeError):
         raise ClientFault("unauthorized", "the join token is damaged", "issue a new one") from None
-    seed = new_seed()
+
+
+def token_of(ticket: Credentials) -> str:
+    """The join token that a ticket is, as text."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(ticket)).rstrip(b"=").decode()
+
+
+async def enroll(url: str, ticket: Credentials, seed: str, patience_s: float = 60.0) -> Credentials:
+    """Credentials for the key of `seed`, by the right that `ticket` gives. With the same seed it may be said again."""
     bus = await Bus.connect(url, ticket)
     request, until = EnrollRequest(ticket.jwt, public_key(seed)), time.monotonic() + patience_s
     try:

@@ -1,5 +1,6 @@
-"""`kernelm deploy init | rotate | show`: what `docker compose up` needs, made and renewed."""
+"""`kernelm deploy`: what `docker compose up` needs, made and renewed; further machines, taken in and shut out."""
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ from rich.table import Table
 from kernelm_cli import machine as machines
 from kernelm_cli.deployment import IMAGES, PLUGINS, Deployment, read_settings
 from kernelm_cli.home import check_port
-from kernelm_cli.session import stdout
+from kernelm_cli.session import Common, connection, stdout
+from kernelm_sdk import tls
 from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.system import Kernel, MachineName
 
 if TYPE_CHECKING:  # imported where an engine is asked: no other command waits for it
     from docker import DockerClient
@@ -86,8 +89,8 @@ def rotate(folder: Folder = HERE, /, *, ca: Annotated[bool, Parameter(negative="
 
 @app.command
 def machine(name: str, folder: Folder = HERE, /, *, to: Path, address: str) -> int:
-    """Lay out what a further machine of DIR needs to join: certificate and tokens, which are good for 10 minutes and one start.
-    Again: new ones for its next start.
+    """Lay out what a further machine of DIR needs to join: certificate and tokens, which are good for 10 minutes. Its first start
+    takes them, and makes keys by which it comes back until it is forgotten. Again: a new certificate, and tokens for new keys.
 
     Parameters
     ----------
@@ -108,6 +111,20 @@ def join(folder: Annotated[Path, Parameter(name="DIR")], /) -> int:
     images = {name: _image(engine, name) for name in (*machines.IMAGES, *PLUGINS)}
     machines.join(absolute, images, SOCKET.stat().st_gid if SOCKET.exists() else 0)
     stdout().print(f"docker compose --env-file {folder / '.env'} --file deploy/machine.yaml up --detach --wait")
+    return 0
+
+
+@app.command
+def forget(name: str, folder: Folder = HERE, /, *, common: Common = Common()) -> int:
+    """Shut out a further machine of DIR with all that runs there, at once: until `machine` makes new tokens for it."""
+    reaching = connection(common.folder) if tls.files() else machines.administrator(_existing(folder))
+
+    async def work() -> None:
+        async with reaching as bus:
+            await bus.call(Kernel.forget_machine, MachineName(name), patience_s=10.0)
+
+    asyncio.run(work())
+    stdout().print(f"[green]✓[/] the machine {name} is forgotten: its keys open nothing any more")
     return 0
 
 

@@ -2,20 +2,25 @@
 
     <folder>/machine.toml     where the first machine is, and what this one gives
     <folder>/home/tls/        its certificate, made by the first machine
-    <folder>/home/join/       tokens to join with, likewise; each for one start
+    <folder>/home/join/       tokens, likewise, each for one start: with it a member makes a key by which it comes back from then on
     <folder>/home/, .env      the rest, made here by `kernelm deploy join`
 """
 
 import shutil
+import ssl
 import tomllib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 
 from kernelm_authority.files import write_secret
-from kernelm_authority.identity import Authority
+from kernelm_authority.identity import Authority, admin
+from kernelm_authority.machines import machine_token
 from kernelm_cli.deployment import SERVICE_MB, Deployment, containers, environment, give, owner, to_give_away, toml
-from kernelm_sdk.errors import ClientFault, invalid
+from kernelm_sdk.bus import Bus
+from kernelm_sdk.errors import ClientFault, KernelFault, invalid
 
 FOLDERS = ("run", "scratch", "logs", "trust")
 IMAGES = ("node", "artifacts", "bare")
@@ -50,7 +55,7 @@ def hand_out(deployment: Deployment, name: str, address: str, folder: Path) -> N
     for member in MEMBERS:
         path = folder / "home" / "join" / member / "token"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_secret(path, authority.token(f"{member}-{name}", ttl_s=TOKEN_S))
+        write_secret(path, machine_token(authority, f"{member}-{name}", TOKEN_S))
     shutil.copytree(deployment.tls(f"machine-{name}"), folder / "home" / "tls", dirs_exist_ok=True)
     if not (file := folder / "machine.toml").exists():
         made = Machine(name, settings.project, address, settings.broker_port, settings.artifacts_port, settings.artifacts_memory_mb)
@@ -78,3 +83,20 @@ def join(folder: Path, images: dict[str, str], docker_group: int) -> None:
         **{f"KERNELM_IMAGE_{name.upper()}": images[name] for name in IMAGES},
     }))  # fmt: skip
     give((home, *home.rglob("*")))
+
+
+@asynccontextmanager
+async def administrator(deployment: Deployment) -> AsyncIterator[Bus]:
+    """The bus as the administrator, by the port at which further machines come in; a KernelFault where that is not published."""
+    mine = deployment.tls("cli")
+    context = ssl.create_default_context(cafile=str(mine / "ca.pem"))
+    context.load_cert_chain(mine / "tls.pem")
+    try:
+        bus = await Bus.connect(f"tls://localhost:{deployment.settings.broker_port}", admin(deployment.home), tls=context)
+    except KernelFault as fault:
+        inside = "`docker compose run --rm cli deploy forget NAME` asks from inside"
+        raise KernelFault(fault.code, fault.message, f"does it run, with machines.yaml? {inside}", retriable=True) from None
+    try:
+        yield bus
+    finally:
+        await bus.close()

@@ -54,6 +54,7 @@ from kernelm_sdk.system import (
     KeyRequest,
     Lifecycle,
     LoadRequest,
+    MachineName,
     Node,
     PoolName,
     PoolSpec,
@@ -349,13 +350,11 @@ async def _rule(system: System) -> None:
     await bus.call(Kernel.scale, ScaleRequest("data-next", 2))
     state = await system.state()
     route = next(r for r in state.routes if r.name == "data/1")
-    everything = (Destination("data-next", 100),)
-    await bus.call(Kernel.set_route, Route("data/1", "svc", everything, route.generation + 1, why="an example"))
+    await bus.call(Kernel.set_route, Route("data/1", "svc", (Destination("data-next", 100),), route.generation + 1, why="as shown"))
     await _said(bus.call(Kernel.unload, UnloadRequest("optimizer", force=True, why="an example"), timeout_s=60.0))
     instance = next(i.id for i in state.instances if i.plugin == "trainer" and i.state == "ready")
-    cancel = CancelJob("news-1-train", 1, "nobody wants it any more")
-    for method, request in ((Lifecycle.probe, Empty()), (Lifecycle.cancel, cancel), (Lifecycle.drain, DrainRequest(5.0)),
-                            (Lifecycle.stop, Empty())):  # fmt: skip
+    for method, request in ((Lifecycle.probe, Empty()), (Lifecycle.cancel, CancelJob("news-1-train", 1, "nobody wants it now")),
+                            (Lifecycle.drain, DrainRequest(5.0)), (Lifecycle.stop, Empty())):  # fmt: skip
         await _said(bus.call(method, request, instance=instance))
     await bus.call(Node.report, Empty(), instance="node-local")
     await _said(bus.call(Node.trust, ArtifactName(source), instance="node-local", timeout_s=60.0))
@@ -366,8 +365,9 @@ async def _rule(system: System) -> None:
     await bus.call(Kernel.rotate_key, RotateKey(key.key.id, 60))
     await bus.call(Kernel.list_keys, Empty())
     await bus.call(Kernel.revoke_key, KeyName(key.key.id))
-    member = await system.connect("gateway")
-    await renew(member, new_seed())
+    await renew(await system.connect("gateway"), new_seed())
+    await system.connect("node-two")
+    await bus.call(Kernel.forget_machine, MachineName("two"))
 
 
 def _plugin(folder: Path) -> None:

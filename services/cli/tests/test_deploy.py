@@ -1,6 +1,7 @@
 """`kernelm deploy`: what is made, what is never made twice, and what is told about bad input. No engine is needed here; the
 whole is in tests/compose."""
 
+import asyncio
 import ssl
 import time
 from pathlib import Path
@@ -9,18 +10,22 @@ import msgspec
 import pytest
 from cryptography import x509
 
+from kernelm.testing.harness import System
 from kernelm_artifacts.sealing import Sealing
 from kernelm_artifacts.settings import Settings as ArtifactSettings
 from kernelm_artifacts.store import Store
 from kernelm_artifacts.vault import new_master
+from kernelm_authority.broker import Broker, free_port
 from kernelm_authority.identity import Authority, admin
 from kernelm_cli.app import execute
 from kernelm_cli.certificates import CertificateAuthority, read_certificate
 from kernelm_cli.deployment import IMAGES, PLUGINS, Deployment, Settings, read_settings
-from kernelm_cli.home import read_up
+from kernelm_cli.home import UpFile, read_up, write_up
 from kernelm_cli.machine import hand_out, join
 from kernelm_node.runtimes.containers import read_containers
+from kernelm_sdk.enrollment import join as enrolled
 from kernelm_sdk.errors import ClientFault, KernelFault
+from kernelm_sdk.machine import Keeper
 
 FAKE = {name: f"sha256:{name:0>64}" for name in (*IMAGES, *PLUGINS)}
 
@@ -192,6 +197,56 @@ def test_a_further_machine_gets_what_it_needs_and_no_key_of_the_system(deploymen
     (there / "machine.toml").write_text("nodes = 1\n")
     with pytest.raises(ClientFault, match=r"machine\.toml.*nodes"):
         join(there, FAKE, 107)
+
+
+async def test_a_machine_is_forgotten_from_the_command_line(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    deployment = Deployment(deployment.folder, Settings(machines=("two",), broker_port=free_port()))
+    deployment.init(FAKE, 105)
+    (deployment.folder / "deploy.toml").write_text(f'machines = ["two"]\nbroker_port = {deployment.settings.broker_port}\n')
+    hand_out(deployment, "two", "127.0.0.1", there)
+
+    def wear(folder: Path) -> None:
+        for name, file in (("CA", "ca.pem"), ("CERT", "tls.pem"), ("KEY", "tls.pem")):
+            monkeypatch.setenv(f"KERNELM_TLS_{name}", str(folder / file))
+
+    def said(*words: str) -> tuple[int, str]:
+        code = execute(["deploy", "forget", *words])
+        printed = capsys.readouterr()
+        return code, " ".join(f"{printed.out} {printed.err}".split())
+
+    code, words = await asyncio.to_thread(said, "two", str(deployment.folder))
+    assert code == 1
+    assert "run --rm cli deploy forget" in words
+    wear(deployment.tls("kernel"))
+    system = System(deployment.home)
+    system.broker = Broker(deployment.home, system.authority, deployment.settings.broker_port, tls=deployment.tls("nats"),
+                           cipher=deployment.cipher)  # fmt: skip
+    async with system:
+        wear(there / "home" / "tls")
+        keepers = [Keeper(system.broker.url, there / "home" / "join" / member / "token") for member in ("node", "artifacts")]
+        node, mirror = [await enrolled(system.broker.url, (await keeper.ticket()).read_text()) for keeper in keepers]
+        assert (node.user, mirror.user) == ("node-two", "artifacts-two")
+        for name in ("CA", "CERT", "KEY"):
+            monkeypatch.delenv(f"KERNELM_TLS_{name}")
+        code, words = await asyncio.to_thread(said, "two", str(deployment.folder))
+        assert (code, "the machine two is forgotten" in words) == (0, True)
+        code, words = await asyncio.to_thread(said, "two", str(deployment.folder))
+        assert (code, "no machine 'two' has joined" in words) == (2, True)
+        wear(there / "home" / "tls")
+        for keeper in keepers:
+            with pytest.raises(ClientFault, match="this machine was forgotten"):
+                await keeper.ticket()
+        hand_out(deployment, "two", "127.0.0.1", there)
+        for keeper in keepers:
+            await keeper.ticket()
+        wear(deployment.tls("cli"))  # as in the container `cli`, which is told where the broker is
+        write_up(deployment.home, UpFile(0, 0.0, system.broker.url, "", "", 0.0))
+        monkeypatch.setenv("KERNELM_HOME", str(deployment.home))
+        code, words = await asyncio.to_thread(said, "two")
+        assert (code, "the machine two is forgotten" in words) == (0, True)
 
 
 @pytest.mark.parametrize("name", ["local", "Two", "a.b"])

@@ -223,6 +223,9 @@ class RotateKey(Struct, frozen=True):
     overlap_s: int = 0  # seconds for which the old secret is still accepted
     public_key: str = ""  # of a NATS client: its new nkey
 
+class MachineName(Struct, frozen=True):
+    name: str  # of a further machine: "two"
+
 class InstanceChanged(Event, frozen=True):
     """An instance went from one state of the lifecycle to another."""
 
@@ -332,4 +335,8 @@ class Kernel(Contract, name="kernel", major=1):
     @unary
     async def revoke_key(self, request: KeyName, call: Any) -> Key:
         """Shut a key out, within a second."""
+        ...
+    @unary
+    async def forget_machine(self, request: MachineName, call: Any) -> Empty:
+        """Shut out a further machine with all that runs there; it comes back only with tokens that are made for it anew."""
         ...
