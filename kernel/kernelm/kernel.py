@@ -194,8 +194,9 @@ class KernelService:
         if instance is not None and call.caller != f"node-{instance.node}":
             raise ClientFault("permission_denied", f"{call.caller!r} does not run {request.instance!r}")
         if instance is not None and instance.state != "exited":
-            instance = await self.registry.happens(request.instance, "exit", request.diagnosis or f"exit code {request.code}")
-            self.supervisor.ended(instance, request.code)
+            now = await self.registry.happens(request.instance, "exit", request.diagnosis or f"exit code {request.code}")
+            if instance.state != "lost":  # which has been counted
+                self.supervisor.ended(now, request.code)
         return Empty()
 
     async def state(self, request: Empty, call: Any) -> api.SystemState:

@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from kernelm.catalog import Catalog
 from kernelm.lifecycle import LIVE
 from kernelm.registry import Registry
-from kernelm_authority.identity import Authority, Grant
+from kernelm_authority.identity import LEASE_S, Authority, Grant
 from kernelm_sdk.bus import Bucket, Bus
 from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.system import DrainRequest, Instance, InstanceName, Lifecycle, Manifest, Node, PoolSpec, Restart, StartInstance
@@ -70,7 +70,8 @@ class Supervisor:
             self.quarantined[pool] = f"ended with code {code}; restart is {rule.type!r}"
         elif code != 0:
             now, failures = time.monotonic(), self._failures[pool]
-            failures.append(now)
+            if instance.state != "lost" or not failures or now - failures[-1] > LEASE_S:  # a node takes all along that it runs
+                failures.append(now)
             while failures and now - failures[0] > rule.period_s:
                 failures.popleft()
             if len(failures) > rule.intensity:
@@ -112,9 +113,11 @@ class Supervisor:
                 targets = [n for n in nodes if all(i.node != n for i in mine)]
             else:
                 candidates = [spec.node] if spec.node else nodes
-                missing = max(spec.instances - len(mine), 0)
+                here = [i for i in mine if spec.node in ("", i.node) or not i.node]  # others: from before the pool moved
+                missing = max(spec.instances - len(here), 0)
                 targets = [candidates[k % len(candidates)] for k in range(missing)] if candidates else []
-                for surplus in mine[spec.instances :]:
+                whole = sum(i.state == "ready" for i in here) >= spec.instances  # else those elsewhere answer meanwhile
+                for surplus in here[spec.instances :] + [i for i in mine if whole and i not in here]:
                     self._stop_soon(surplus, manifest)
             for begun in mine:  # by a kernel that may have died before it asked the node: to ask twice is harmless
                 if begun.state == "starting" and begun.id not in self._starting and begun.node in nodes:
@@ -140,10 +143,9 @@ class Supervisor:
     def _ask_to_start(self, name: str, spec: PoolSpec, manifest: Manifest, node: str) -> None:
         """Issue a one-time token and have the node start the instance; a slow node keeps no other pool waiting."""
         token = self._authority.token(name, Grant("plugin", name, spec.pool, spec.plugin, manifest.calls, events=manifest.events))
-        request = StartInstance(
-            name, spec.plugin, spec.pool, spec.runtime or manifest.runtimes[0], token, spec.needs or manifest.needs, spec.source,
-            manifest.limits, manifest.isolated, manifest.network, spec.image, spec.artifacts,
-        )  # fmt: skip
+        runtime, needs = spec.runtime or manifest.runtimes[0], spec.needs or manifest.needs
+        request = StartInstance(name, spec.plugin, spec.pool, runtime, token, needs, spec.source, manifest.limits,
+                                manifest.isolated, manifest.network, spec.image, spec.artifacts)  # fmt: skip
         self._starting[name] = asyncio.ensure_future(self._start_on(node, request))
 
     async def _start_on(self, node: str, request: StartInstance) -> None:
