@@ -58,7 +58,7 @@ class Search(Struct, frozen=True, forbid_unknown_fields=True):
 class OptimizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
     dataset: str  # digest
     candidates: tuple[Candidate, ...]  # may be () where there is a `search`
-    budget_s: float = 300.0  # no candidate is started after it; those under way are cancelled, and said to be
+    budget_s: float = 300.0  # nothing is started after it; trainings under way are cancelled, and said to be
     quantize: bool = True  # make an int8 variant of the winner
     max_drop: float = 0.005  # of accuracy, on the validation split; an int8 variant that loses more is not kept
     objective: str = "accuracy"  # "accuracy", "latency" or "size": the last two among candidates within `max_drop` of the best
@@ -106,11 +106,12 @@ class Optimized(Struct, frozen=True):
     model: str  # digest of the winner
     winner: str
     rows: tuple[Row, ...]
-    test: Scores | None  # of the winner, looked at once, after the choice
+    test: Scores | None  # of the winner, looked at once, after the choice; None if that could not begin
     report: str = ""  # digest of an artifact of kind "report": report.md, report.json, report.png
     took_s: float = 0.0
     trials: Trials | None = None  # of a search
     verdict: Verdict | None = None  # of "auto"
+    notes: tuple[str, ...] = ()  # what was left out, and why: a measurement that waited for cores until it was too late
 
 
 class Prune(Struct, frozen=True, forbid_unknown_fields=True):

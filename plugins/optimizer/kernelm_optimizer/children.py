@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +22,20 @@ ENDED = ("done", "dead", "cancelled")
 FIRST_PAUSE_S = 0.05
 
 
+@dataclass(frozen=True)
+class Wait:
+    """What a job waits for in the queue."""
+
+    reason: str  # the scheduler's, "waits: ..."
+    remedy: str = ""  # what would start it, where that is known
+
+    @property
+    def text(self) -> str:
+        """Both in one sentence."""
+        reason = self.reason or "it was queued"
+        return f"{reason} (what would start it: {self.remedy})" if self.remedy else reason
+
+
 class Children:
     """Submits jobs in the name of `parent` and waits for them; they are cancelled with it by the job table.
 
@@ -29,6 +44,7 @@ class Children:
 
     def __init__(self, parent: Job, poll_max_s: float, patience_s: float) -> None:
         self.parent, self.poll_max_s, self.patience_s = parent, poll_max_s, patience_s
+        self.waited: dict[str, Wait] = {}  # job that was given up -> what it waited for
 
     async def submit(self, name: str, uses: str, request: msgspec.Struct, resources: Resources,
                      preemptible: bool = False) -> JobRecord:  # fmt: skip
@@ -50,11 +66,12 @@ class Children:
         """Those of the jobs `known` (id -> `heard`) that are over or were heard of since; waits for the first up to `wait_s`."""
         return (await self._call(Jobs.find, JobQuery(limit=len(known), known=dict(known), wait_s=wait_s))).jobs
 
-    async def ended(self, jobs: Mapping[str, str], seen: Seen, deadline: float = math.inf) -> dict[str, JobRecord]:
+    async def ended(self, jobs: Mapping[str, str], seen: Seen, deadline: float = math.inf,
+                    begin_by: float = math.inf) -> dict[str, JobRecord]:  # fmt: skip
         """Wait until all `jobs` (key -> id) have ended, and return their records.
 
-        `seen` gets the records after every look. Those not at their end at `deadline` (of `time.monotonic`) are
-        cancelled; their record is then whatever the job table made of that.
+        `seen` gets the records after every look. Those not at their end at `deadline` (of `time.monotonic`), and those that
+        wait in the queue at `begin_by`, are given up; their record is then whatever the job table made of that.
         """
         records: dict[str, JobRecord] = {}
         pause = FIRST_PAUSE_S
@@ -65,11 +82,27 @@ class Children:
             unfinished = [key for key, record in records.items() if record.state not in ENDED]
             if not unfinished:
                 return records
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return records | {key: await self.cancel(jobs[key]) for key in unfinished}
-            await asyncio.sleep(min(pause, left))
+            limits = {key: min(deadline, begin_by if records[key].state == "queued" else math.inf) for key in unfinished}
+            if late := [key for key, limit in limits.items() if limit <= time.monotonic()]:
+                records |= {key: await self.give_up(jobs[key]) for key in late}
+                continue
+            await asyncio.sleep(max(0.0, min(pause, *(limit - time.monotonic() for limit in limits.values()))))
             pause = min(pause * 1.5, self.poll_max_s)
+
+    async def give_up(self, identifier: str) -> JobRecord:
+        """Cancel a job for want of time; its record, as of `cancel`. What it waited for in the queue is in `waited` then."""
+        record = await self._call(Jobs.get, JobName(identifier))
+        if record.state == "queued":
+            self.waited[identifier] = await self._wait_of(record)
+        return await self.cancel(identifier)
+
+    async def _wait_of(self, record: JobRecord) -> Wait:
+        try:
+            outlook = await self.parent.context.call(Jobs.why, JobName(record.id))
+        except Fault as fault:  # the scheduler is away: its last word is on the record
+            self.parent.context.log.warning("%s: what would start %s is not known: %s", self.parent.id, record.id, fault.message)
+            return Wait(record.why)
+        return Wait(outlook.reason or record.why, outlook.remedy)
 
     async def cancel(self, identifier: str) -> JobRecord:
         """Cancel a job; its record, also if it came to its end just before."""
@@ -102,3 +135,14 @@ def result_of(record: JobRecord, expected: type[Rep]) -> Rep:
         return msgspec.convert(record.result, expected)
     except msgspec.ValidationError as error:
         raise PluginFault("invalid_result", f"result of job {record.spec.name!r} ({record.id}): {error}") from None
+
+
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Do all; when one fails the others are cancelled, and its fault is raised."""
+    tasks = [asyncio.create_task(w) for w in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,11 +12,12 @@ from msgspec.structs import replace
 
 from kernelm_contracts.jobs import JobRecord
 from kernelm_contracts.optimizer import Change, Compressed, CompressRequest, Prune
-from kernelm_contracts.server import Measured, Measurement, MeasureRequest
+from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import ModelCard, Teacher, Trained, TrainRequest
 from kernelm_optimizer.auto import right_of
 from kernelm_optimizer.children import Children, result_of
 from kernelm_optimizer.folder import read_card, write_card
+from kernelm_optimizer.measuring import Measuring, Unmeasured
 from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
@@ -89,6 +90,11 @@ class Compression:
         found, changes = await self._measure(card, models, dataset)
         return await self._finish(models["after"], found, changes)
 
+    @property
+    def deadline(self) -> float:
+        """When the budget is spent, of `time.monotonic`."""
+        return self.begun + self.request.budget_s - self.state.spent_s
+
     # ---- making ----------------------------------------------------------------------------------------------------
 
     async def _prepare(self, card: ModelCard, source: Path, dataset: Path) -> None:
@@ -132,11 +138,13 @@ class Compression:
 
         if not jobs:
             return
-        deadline = self.begun + self.request.budget_s - self.state.spent_s
+        deadline = self.deadline
         records = await self.children.ended(jobs, seen, deadline)
         if late := [role for role, r in records.items() if r.state == "cancelled" and time.monotonic() >= deadline]:
-            done = 100 * records[late[0]].progress.fraction
-            why = f"was spent with {done:.0f} % of the training done"
+            record = records[late[0]]
+            why = f"was spent with {100 * record.progress.fraction:.0f} % of the training done"
+            if not record.started and record.id in self.children.waited:
+                why = f"was spent before the training began: {self.children.waited[record.id].text}"
             raise ClientFault("budget_too_small", f"compress: the budget of {self.request.budget_s:g} s {why}",
                               "raise budget_s, or give train fewer epochs or max_steps")  # fmt: skip
         await self._keep(**{role: result_of(record, Trained).model for role, record in records.items()})
@@ -163,15 +171,12 @@ class Compression:
         if card.structure == "causal-lm":
             folders = {role: await self.context.artifact(digest) for role, digest in models.items()}
             return await self.job.in_thread(_side_by_side, models, folders, dataset, self.request.rounds, pairs, self.job.threads)
-        request = MeasureRequest(tuple(models.values()), self.request.dataset, "validation", self.request.rounds)
-        record = await self.children.submit("measuring", "server/1.measure", request, self.settings.measure)
-
-        async def seen(records: Mapping[str, JobRecord]) -> None:
-            share = records["measuring"].progress.fraction
-            self.job.progress(TRAINED + (MEASURED - TRAINED) * share, "measuring", records["measuring"].progress.message)
-
-        measured = result_of((await self.children.ended({"measuring": record.id}, seen))["measuring"], Measured)
-        by_digest = {m.model: m for m in measured.measurements}
+        measuring = Measuring(self.children, self.settings, self.request.dataset, self.deadline)
+        try:
+            by_digest = await measuring.run("measuring", models.values(), self.request.rounds, lambda done, text: self.job.progress(
+                TRAINED + (MEASURED - TRAINED) * done, "measuring", text))  # fmt: skip
+        except Unmeasured as unmeasured:
+            raise unmeasured.fault(f"compress: the model that was made ({models['after']}) is not measured: {unmeasured}") from None
         found = {role: by_digest[digest] for role, digest in models.items()}
         return found, {(one, two): _of_classifiers(found[one], found[two]) for one, two in pairs}
 

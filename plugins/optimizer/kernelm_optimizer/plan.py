@@ -5,7 +5,7 @@ from collections import Counter
 
 import msgspec
 
-from kernelm_contracts.optimizer import Candidate, OptimizeRequest
+from kernelm_contracts.optimizer import Candidate, OptimizeRequest, Row
 from kernelm_optimizer.choice import OBJECTIVES
 from kernelm_sdk.errors import ClientFault, Fault, PluginFault
 
@@ -34,6 +34,14 @@ def checked(request: OptimizeRequest) -> tuple[Candidate, ...]:
     if request.search is not None and (taken := [c.name for c in request.candidates if c.name.startswith("trial-")]):
         raise _invalid(f"candidates: the name {taken[0]!r} is one of a trial's", "give the candidate another name")
     return tuple(_completed(i, c, request.dataset) for i, c in enumerate(request.candidates))
+
+
+def first_row(candidate: Candidate) -> Row:
+    """Its row before anything is known of it."""
+    train = candidate.train
+    if candidate.model or train is None:
+        return Row(candidate.name, "", model=candidate.model)
+    return Row(candidate.name, "", train.structure, train.algorithm)
 
 
 def _completed(index: int, candidate: Candidate, dataset: str) -> Candidate:

@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -25,20 +25,21 @@ from kernelm_contracts.optimizer import (
     Trials,
     Verdict,
 )
-from kernelm_contracts.server import Measured, Measurement, MeasureRequest
+from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import Scores, Trained
 from kernelm_optimizer.auto import DEFAULT, completed, verdict
-from kernelm_optimizer.children import ENDED, Children, result_of
+from kernelm_optimizer.children import ENDED, Children, Wait, result_of, together
 from kernelm_optimizer.choice import Figures, excess, figures, front, rank, reason_against
 from kernelm_optimizer.compress import Compression
 from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.hooks import GROUP, Samplers, extended
-from kernelm_optimizer.plan import checked, nothing_measured, variant_name
+from kernelm_optimizer.measuring import Measuring, Unmeasured
+from kernelm_optimizer.plan import checked, first_row, nothing_measured, variant_name
 from kernelm_optimizer.quantize import quantize, why_not
 from kernelm_optimizer.report import Findings, write
 from kernelm_optimizer.settings import Settings
 from kernelm_sdk.checkpoints import invalid_checkpoint
-from kernelm_sdk.errors import ClientFault, Fault, KernelFault, PluginFault
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.hooks import Hooks
 from kernelm_sdk.plugin import Job, Plugin
 
@@ -82,7 +83,7 @@ class _Search:
         self.settings: Settings = plugin.settings
         self.context, self.request, self.candidates, self.job = plugin.context, request, candidates, job
         self.children = Children(job, self.settings.poll_max_s, self.settings.patience_s)
-        self.rows = {c.name: _first_row(c) for c in candidates}
+        self.rows = {c.name: first_row(c) for c in candidates}
         self.begun = time.monotonic()
         self.state = _State()
         self.study: Study | None = None
@@ -90,7 +91,10 @@ class _Search:
         self.submitted: dict[str, str] = {}  # candidate -> job
         self.saving = asyncio.Lock()
         self.late: set[str] = set()  # candidates that lacked time, and nothing else
-        self.conditions: dict[str, str] = {}
+        self.measuring = Measuring(self.children, self.settings, request.dataset, self.begun + request.budget_s)
+        self.accuracies: dict[str, float] = {}  # of what was trained, by its training, on the validation split
+        self.alone: dict[str, Measurement] = {}  # of trials that were measured, each by itself
+        self.notes: list[str] = []
         self.compared: tuple[Measurement, Measurement] | None = None  # the winner and its int8 variant, side by side
 
     async def run(self) -> Optimized:
@@ -107,7 +111,7 @@ class _Search:
         test, compared = await self._test(self.rows[winner].model)
         report = await self._report(winner, test, compared)
         return Optimized(model=self.rows[winner].model, winner=winner, rows=tuple(self.rows.values()), test=test,
-                         report=report, took_s=self._spent(), trials=self._summary(), verdict=compared)
+                         report=report, took_s=self._spent(), trials=self._summary(), verdict=compared, notes=tuple(self.notes))
 
     def _summary(self) -> Trials | None:
         if self.study is None or self.request.search is None:
@@ -134,6 +138,7 @@ class _Search:
             except (OSError, msgspec.DecodeError) as error:
                 raise invalid_checkpoint(STATE, error) from None
             self.submitted = self.state.children
+            self.measuring.deadline -= self.state.spent_s
 
     async def _save(self) -> None:
         async with self.saving:
@@ -152,8 +157,8 @@ class _Search:
     async def _train(self) -> None:
         """Candidates and trials, side by side."""
         self.job.progress(0.0, "training", "submitting candidates")
-        deadline = self.begun + self.request.budget_s - self.state.spent_s
-        await _together(self._train_candidates(deadline), self._search(deadline))
+        deadline = self.measuring.deadline
+        await together(self._train_candidates(deadline), self._search(deadline))
 
     async def _train_candidates(self, deadline: float) -> None:
         self.submitted = await self._submit([c for c in self.candidates if not c.model], deadline)
@@ -188,6 +193,9 @@ class _Search:
         for trial in study.best(self.request.search.finalists):
             train = study.request(trial)
             self.rows[trial.name] = Row(trial.name, "", train.structure, train.algorithm, model=trial.model)
+            self.alone |= {trial.name: trial.measurement} if trial.measurement else {}
+            figures_of = dict(zip(self.request.search.objectives, trial.values, strict=True))
+            self.accuracies |= {trial.name: figures_of["accuracy"]} if "accuracy" in figures_of else {}
         if not any(trial.state == "done" for trial in study.trials):
             for trial in study.trials[:SHOWN]:
                 self.rows[trial.name] = Row(trial.name, NOT_MEASURED + trial.why)
@@ -224,14 +232,17 @@ class _Search:
     def _take(self, name: str, record: JobRecord) -> None:
         if record.state == "done":
             try:
-                self.rows[name] = msgspec.structs.replace(self.rows[name], model=result_of(record, Trained).model)
+                trained = result_of(record, Trained)
+                self.rows[name] = msgspec.structs.replace(self.rows[name], model=trained.model)
+                self.accuracies[name] = trained.validation.accuracy
             except Fault as fault:
                 self._reject(name, fault.message)
         elif record.state == "dead":
             self._reject(name, record.fault.message if record.fault else record.why or "its job died without a reason")
         elif self._spent() >= self.request.budget_s:
-            trained = f"with {100 * record.progress.fraction:.0f} % of its training done"
-            self._reject_late(name, trained if record.started else f"before it began ({record.why or 'it was queued'})")
+            wait = self.children.waited.get(record.id, Wait(record.why)).text
+            done = f"with {100 * record.progress.fraction:.0f} % of its training done"
+            self._reject_late(name, done if record.started else f"before it began: {wait}")
         else:
             self._reject(name, f"its job was cancelled: {record.why or 'no reason given'}")
 
@@ -262,28 +273,33 @@ class _Search:
         if not names:
             reasons = {name: row.outcome.removeprefix(NOT_MEASURED) for name, row in self.rows.items()}
             raise nothing_measured(reasons, self.late, self.request.budget_s)
-        measured = await self._measure("measuring", [self.rows[name].model for name in names], (TRAINED, MEASURED))
+        try:
+            measured = await self._measure("measuring", [self.rows[name].model for name in names], (TRAINED, MEASURED))
+        except Unmeasured as unmeasured:
+            await self._without_a_comparison(names, unmeasured)
+            return
         for name in names:
             await self._record(name, measured[self.rows[name].model])
 
+    async def _without_a_comparison(self, names: list[str], unmeasured: Unmeasured) -> None:
+        """What trials measured by themselves stands; without any, ClientFault `budget_too_small` that names the best one."""
+        for name in names:
+            self._reject(name, str(unmeasured))
+        if not (figured := [name for name in names if name in self.alone]):
+            best = max(names, key=lambda name: self.accuracies.get(name, -1.0))
+            figure = f", accuracy {self.accuracies[best]:.4f} by its training" if best in self.accuracies else ""
+            raise unmeasured.fault(f"no candidate was measured within budget_s = {self.request.budget_s:g}: {unmeasured}; "
+                                   f"the best so far is {best!r} ({self.rows[best].model}{figure})")
+        for name in figured:
+            await self._record(name, self.alone[name])
+        self.notes.append(f"what is measured was measured trial by trial, and not side by side: {unmeasured}")
+
     async def _measure(self, phase: str, models: list[str], share: tuple[float, float],
-                       split: str = "validation") -> dict[str, Measurement]:  # fmt: skip
-        """Digest -> measurement, all from one interleaved run of the server."""
+                       split: Literal["validation", "test"] = "validation") -> dict[str, Measurement]:  # fmt: skip
+        """As of `Measuring.run`, in that `share` of the job."""
         rounds = self.settings.rounds if split == "validation" else 1  # of the test split only the scores are wanted
-        request = MeasureRequest(tuple(dict.fromkeys(models)), self.request.dataset, split, rounds)  # type: ignore[arg-type]
-        record = await self.children.submit(phase.replace(" ", "-"), "server/1.measure", request, self.settings.measure)
-
-        async def seen(records: Mapping[str, JobRecord]) -> None:
-            progress = records[phase].progress
-            self.job.progress(share[0] + (share[1] - share[0]) * progress.fraction, phase, progress.message or records[phase].why)
-
-        ended = await self.children.ended({phase: record.id}, seen)
-        result = result_of(ended[phase], Measured)
-        found = {m.model: m for m in result.measurements}
-        if missing := [model for model in request.models if model not in found]:
-            raise PluginFault("invalid_result", f"server/1.measure (job {record.id}) gave no figures for {missing[0]}")
-        self.conditions = result.conditions
-        return found
+        return await self.measuring.run(phase, models, rounds, lambda done, text: self.job.progress(
+            share[0] + (share[1] - share[0]) * done, phase, text), split)  # fmt: skip
 
     async def _record(self, name: str, measurement: Measurement) -> None:
         self.rows[name] = msgspec.structs.replace(self.rows[name], outcome="measured", measurement=measurement)
@@ -316,7 +332,11 @@ class _Search:
         if not model:
             return winner
         self.rows[name] = msgspec.structs.replace(self.rows[name], model=model)
-        measured = await self._measure("measuring int8", [original.model, model], (QUANTIZED, COMPARED))
+        try:
+            measured = await self._measure("measuring int8", [original.model, model], (QUANTIZED, COMPARED))
+        except Unmeasured as unmeasured:
+            self._reject(name, str(unmeasured))
+            return winner
         self.compared = measured[original.model], measured[model]
         await self._record(name, measured[model])
         against = reason_against(figures(name, measured[model]), figures(winner, measured[original.model]), best,
@@ -345,14 +365,18 @@ class _Search:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
-    async def _test(self, model: str) -> tuple[Scores, Verdict | None]:
-        """The winner's scores on the test split; of "auto" also whether it is better than the default there."""
+    async def _test(self, model: str) -> tuple[Scores | None, Verdict | None]:
+        """The winner's scores on the test split, unless that could not begin; of "auto" also whether it beats the default there."""
         default = self.rows[DEFAULT].model if self.request.optimize == "auto" and self.rows[DEFAULT].measurement else model
-        measured = await self._measure("testing the winner", [model, default], (COMPARED, TESTED), "test")
+        try:
+            measured = await self._measure("testing the winner", [model, default], (COMPARED, TESTED), "test")
+        except Unmeasured as unmeasured:
+            self.notes.append(f"the winner is not tested: {unmeasured}")
+            return None, None
         scores = measured[model].scores
         return scores, verdict(DEFAULT, scores, measured[default].scores) if self.request.optimize == "auto" else None
 
-    async def _report(self, winner: str, test: Scores, compared: Verdict | None) -> str:
+    async def _report(self, winner: str, test: Scores | None, compared: Verdict | None) -> str:
         self.job.progress(TESTED, "reporting")
         before, after = self.compared or (None, None)
         model = self.rows[winner].model
@@ -360,7 +384,8 @@ class _Search:
             name=self.job.name or self.job.id, dataset=self.request.dataset, winner=winner, model=model,
             objective=self.request.objective, max_drop=self.request.max_drop, budget_s=self.request.budget_s,
             took_s=self._spent(), rows=tuple(self.rows.values()), test=test, int8_reference=before, int8=after,
-            conditions=self.conditions, objectives=self.request.search.objectives if self.request.search else (),
+            conditions=self.measuring.conditions, notes=tuple(self.notes),
+            objectives=self.request.search.objectives if self.request.search else (),
             verdict=compared.text if compared else "", front=summary.front if (summary := self._summary()) else ())
         folder = self.job.scratch / "report"
         await self.job.in_thread(write, findings, folder, tuple(self.study.trials) if self.study else ())
@@ -368,25 +393,7 @@ class _Search:
                                         job=self.job.id, model=model, dataset=self.request.dataset)
 
 
-def _first_row(candidate: Candidate) -> Row:
-    train = candidate.train
-    if candidate.model or train is None:
-        return Row(candidate.name, "", model=candidate.model)
-    return Row(candidate.name, "", train.structure, train.algorithm)
-
-
 def _study(search: Search, dataset: str, trials: bytes) -> "Study":
     from kernelm_optimizer.study import Study, decoded  # Optuna takes its time, and not every search needs it
 
     return Study(search, dataset, decoded(trials))
-
-
-async def _together(*work: Coroutine[Any, Any, None]) -> None:
-    """Do all; when one fails the others are cancelled, and its fault is raised."""
-    tasks = [asyncio.create_task(w) for w in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

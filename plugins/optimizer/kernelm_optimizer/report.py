@@ -37,6 +37,7 @@ class Findings(Struct, frozen=True):
     conditions: dict[str, str] = {}  # of the measurements: processor, cores, library versions
     objectives: tuple[str, ...] = ()  # of the trials, where there was a search
     verdict: str = ""  # of the winner beside the defaults
+    notes: tuple[str, ...] = ()  # what was left out, and why
     front: tuple[str, ...] = ()  # rows that no other beats in all of these
 
 
@@ -77,6 +78,7 @@ def _verdict(findings: Findings) -> str:
                      f"{_percent(findings.test.macro_f1)}.")
     if findings.verdict:
         lines.append(f"It is {findings.verdict}.")
+    lines += [f"Note: {' '.join(note.split())}." for note in findings.notes]
     lines.append(f"The search took {findings.took_s:.0f} s; training had a budget of {findings.budget_s:.0f} s.")
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from optuna.trial import Trial as Asked
 from optuna.trial import TrialState, create_trial
 
 from kernelm_contracts.optimizer import Dimension, Search, Value
+from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import TrainRequest
 from kernelm_optimizer.choice import beats
 from kernelm_optimizer.space import Space, invalid
@@ -43,6 +44,7 @@ class Trial(Struct):
     job: str = ""  # that trains it
     model: str = ""  # digest
     measuring: str = ""  # the job that measures it
+    measurement: Measurement | None = None  # by that job, not side by side with others
     why: str = ""  # of what failed or was given up
 
     @property

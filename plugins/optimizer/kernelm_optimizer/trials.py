@@ -139,7 +139,7 @@ class Trials:
 
     def _tell(self, trial: Trial, measured: Measurement | None) -> None:
         scores = measured.scores if measured else self._trained[trial.number].validation
-        trial.excess = excess(self.request, measured) if measured else {}
+        trial.excess, trial.measurement = excess(self.request, measured) if measured else {}, measured
         found = values_of(scores, measured)
         values = tuple(found[objective] for objective in self.search.objectives)
         if all(map(math.isfinite, values)):
@@ -150,12 +150,13 @@ class Trials:
     async def _give_up(self) -> None:
         """The budget is spent: nothing of a trial that is under way counts."""
         for job, trials in list(self._trials.items()):
-            record = await self.children.cancel(job)
+            record = await self.children.give_up(job)
+            waited = f" before it began: {self.children.waited[job].text}" if job in self.children.waited else ""
             for trial in trials:
                 if record.state == "done" and (trial.measuring == job or not self._measures):  # just before
                     await self._ended(trial, record)
                 else:
-                    self.study.tell(trial, "late", why=f"the budget of {self.request.budget_s:g} s was spent")
+                    self.study.tell(trial, "late", why=f"the budget of {self.request.budget_s:g} s was spent{waited}")
         self._trials.clear()
         await self._save()
 

