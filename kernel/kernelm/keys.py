@@ -6,7 +6,6 @@ can die between any two lines.
 
 import hashlib
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -61,14 +60,14 @@ class Members:
         await self._records.delete(f"member.{name}")
 
     async def enroll(self, request: api.EnrollRequest, call: Any) -> Enrolled:
-        name, grant, expires = self._authority.verify(request.token, "join")
+        name, grant, left_s = self._authority.verify(request.token, "join")
         if name != call.caller:
             raise ClientFault("unauthorized", "the token belongs to another connection", "connect with the token itself")
         used, revision = await self._records.get(f"token.{name}")
-        if not expires:  # what a further machine's member comes back by, until it is forgotten
+        if not left_s:  # what a further machine's member comes back by, until it is forgotten
             await self.of(name)
         elif used is None:
-            await self._records.put(f"token.{name}", Member(grant, request.public_key, 0), revision, ttl_s=3600)
+            await self._records.put(f"token.{name}", Member(grant, request.public_key, 0), revision, left_s + 3600)
         elif used.key != request.public_key:  # the same key again: the first answer was lost
             raise ClientFault("unauthorized", "the join token was used already", "issue a new one")
         await self._claim(request.public_key, grant.name)
@@ -89,7 +88,7 @@ class Members:
         if request.public_key == member.key:
             member = msgspec.structs.replace(member, expires=expires)
         else:
-            at = int(time.time()) + min(max(request.overlap_s, 0), LONGEST_OVERLAP_S)
+            at = int(self._authority.clock()) + min(max(request.overlap_s, 0), LONGEST_OVERLAP_S)
             member = Member(member.grant, request.public_key, expires, member.key, at, member.expires)
         await self._records.put(f"member.{call.caller}", member, revision)
         if member.previous_until < member.previous_expires:  # else it ends by itself before
@@ -118,7 +117,7 @@ class Keys:
         self._records = bus.bucket("keys", Key)
 
     async def create(self, request: api.KeyRequest, call: Any) -> KeyCreated:
-        now = int(time.time())
+        now = int(self._authority.clock())
         expires = now + request.expires_s if request.expires_s else 0
         key = Key(secrets.token_hex(6), request.name, "", request.models, request.methods, request.tenant, now, expires,
                   public_key=request.public_key, admin=request.admin)  # fmt: skip
@@ -130,9 +129,9 @@ class Keys:
     async def rotate(self, request: api.RotateKey, call: Any) -> KeyCreated:
         """A new secret, and a new nkey where the request has one. The old ones are accepted for `overlap_s` more."""
         key, revision = await self._get(request.id)
-        if key.revoked or 0 < key.expires < time.time():
+        if key.revoked or 0 < key.expires < self._authority.clock():
             raise ClientFault("conflict", f"key {key.id} ({key.name}) was revoked or has expired", "create another")
-        until, old = int(time.time()) + min(max(request.overlap_s, 0), LONGEST_OVERLAP_S), key.public_key
+        until, old = int(self._authority.clock()) + min(max(request.overlap_s, 0), LONGEST_OVERLAP_S), key.public_key
         new = msgspec.structs.replace(key, previous_hash=key.hash if request.overlap_s else "", previous_until=until,
                                       public_key=request.public_key or old)  # fmt: skip
         if old and old != new.public_key:
@@ -161,7 +160,7 @@ class Keys:
         key = msgspec.structs.replace(key, hash=hashlib.sha256(secret.encode()).hexdigest())
         if key.public_key and issue:
             grant = Grant("client", f"key-{key.id}", models=key.models, methods=key.methods)
-            lifetime = max(key.expires - int(time.time()), 1) if key.expires else 0
+            lifetime = max(key.expires - int(self._authority.clock()), 1) if key.expires else 0
             jwt, _ = self._authority.issue(grant, key.public_key, lifetime)
         await self._records.put(key.id, key, revision)
         await self._tell(key, change, call)

@@ -55,6 +55,7 @@ class Router:
 
     async def lead(self) -> None:
         """Take the leadership: raise the epoch, read the table, push it."""
+        await self._authority.clock.ask(self._system)
         leader, revision = await self._leader.get("leader")
         self.epoch = (leader.epoch if leader else 0) + 1
         await self._leader.put("leader", Leader(self.epoch, self._boot, leader.iat if leader else 0, self._key), revision)
@@ -123,8 +124,7 @@ class Router:
             iat = max(int(time.time()), leader.iat + 1)
             await self._leader.put("leader", Leader(self.epoch, self._boot, iat, self._key), revision)
             for key in [k for k, r in self.revoked.items() if 0 < r.until < time.time()]:
-                await self._revoked.delete(f"revoked.{key}")
-                del self.revoked[key]
+                await self._revoked.delete(f"revoked.{self.revoked.pop(key).key}")
             jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=self._due())
             begun = time.perf_counter()
             await self._system.request("$SYS.REQ.CLAIMS.UPDATE", jwt.encode(), 5.0)
@@ -133,7 +133,8 @@ class Router:
             return took
 
     async def check(self, jwt: str = "") -> None:
-        """Compare what is in force with what should be; without `jwt`, with the table."""
+        """Compare what is in force with what should be; without `jwt`, with the table. And see what time it is there."""
+        await self._authority.clock.ask(self._system)
         in_force = (await self._system.request(self._authority.lookup, b"", 5.0)).data.decode()
         claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
         same = in_force == jwt if jwt else (

@@ -4,16 +4,14 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 
 import msgspec
 import nkeys
 import pytest
 
-from kernelm import keys, router
 from kernelm.journal import Entry, audit
 from kernelm.testing.harness import System, until
-from kernelm_authority import identity
+from kernelm_authority.clock import Clock
 from kernelm_authority.identity import Grant, read, sign
 from kernelm_sdk.bus import Bus, Credentials
 from kernelm_sdk.enrollment import join, new_seed, public_key
@@ -201,28 +199,30 @@ async def test_a_revoked_key_is_cut_off_and_can_not_come_back(system: System) ->
         await system.admin.call(Kernel.revoke_key, KeyName("nothing"))
 
 
+class AnHourAhead(Clock):
+    def __call__(self) -> float:
+        return super().__call__() + 3600
+
+
 @pytest.mark.parametrize("lifetime_s", [0, 7200])
 @pytest.mark.parametrize("ahead", ["when it signed", "when it revoked"])
-async def test_a_revocation_holds_whatever_the_kernels_clock_said(
+async def test_a_revocation_holds_whatever_the_clock_said(
     system: System, ahead: str, lifetime_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker compares the moments at which a JWT was signed and its key revoked: a clock that is put right lies between."""
+    """The broker compares the moments at which a JWT was signed and its key revoked: the kernel follows the broker's clock, and one
+    that is put right lies between."""
     assert system.kernel is not None
-
-    def an_hour_ahead(patch: pytest.MonkeyPatch) -> None:
-        for module in (identity, keys, router):
-            patch.setattr(module, "time", SimpleNamespace(time=lambda: time.time() + 3600, perf_counter=time.perf_counter))
 
     seed, request = new_seed(), KeyRequest("acme", ("news",), expires_s=lifetime_s)
     with monkeypatch.context() as patch:
         if ahead == "when it signed":
-            an_hour_ahead(patch)
+            patch.setattr(system.kernel.authority, "clock", AnHourAhead())
         made = await system.admin.call(Kernel.create_key, msgspec.structs.replace(request, public_key=public_key(seed)))
     credentials = Credentials(f"key-{made.key.id}", made.jwt, seed)
     client = await system.track(Bus.connect(system.broker.url, credentials))
     with monkeypatch.context() as patch:
         if ahead == "when it revoked":
-            an_hour_ahead(patch)
+            patch.setattr(system.kernel.authority, "clock", AnHourAhead())
         await system.admin.call(Kernel.revoke_key, KeyName(made.key.id))
     await until(lambda: not client.connected, 15, "the client cut off")
     await system.admin.call(Kernel.set_route, Route("news", "model", (Destination("p", 100),), 1))  # pushes the claims again

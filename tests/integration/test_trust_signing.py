@@ -129,7 +129,7 @@ def test_a_replaced_key_is_listed_for_as_long_as_what_it_signed_may_live(tmp_pat
     authority.signing.use_next()
     assert first in authority.signing.public()
     later = time.time() + LIFETIME_S + 5
-    monkeypatch.setattr("kernelm_authority.signing.time.time", lambda: later)
+    monkeypatch.setattr(authority.signing, "_clock", lambda: later)
     assert first not in authority.signing.public()
     files = list((tmp_path / "home" / "identity" / "signing").iterdir())
     assert {f.stat().st_mode & 0o777 for f in files} == {0o600}

@@ -20,6 +20,7 @@ import msgspec
 import nkeys
 from nacl.signing import VerifyKey
 
+from kernelm_authority.clock import Clock
 from kernelm_authority.files import write_secret
 from kernelm_authority.signing import SigningKeys
 from kernelm_sdk.bus import Credentials
@@ -82,13 +83,14 @@ def _tag(kind: str, grant: Grant) -> str:
     return f"{kind}:{base64.b32encode(msgspec.json.encode(grant)).decode()}"
 
 
-def read(jwt: str, *issuers: str) -> dict[str, Any]:
-    """The claims of a JWT; with `issuers`, ClientFault "unauthorized" unless one of them signed it and it has not expired."""
+def read(jwt: str, *issuers: str, now: float = 0.0) -> dict[str, Any]:
+    """The claims of a JWT; with `issuers`, ClientFault "unauthorized" unless one of them signed it and it has not expired `now`
+    (Unix seconds; 0: by this machine's clock)."""
     try:
         head, _, signature = jwt.strip().rpartition(".")
         claims: dict[str, Any] = msgspec.json.decode(base64.urlsafe_b64decode(head.partition(".")[2] + "==="))
         if issuers:
-            if (issuer := claims["iss"]) not in issuers or 0 < claims.get("exp", 0) < time.time():
+            if (issuer := claims["iss"]) not in issuers or 0 < claims.get("exp", 0) < (now or time.time()):
                 raise ValueError("another issuer, or expired")
             raw = base64.b32decode(issuer + "=" * (-len(issuer) % 8))[1:-2]  # prefix byte, key, CRC16
             VerifyKey(raw).verify(head.encode(), base64.urlsafe_b64decode(signature + "==="))
@@ -145,7 +147,8 @@ def permissions(grant: Grant) -> tuple[list[str], list[str]]:
 
 
 class Authority:
-    """The keys of one home. `init_home` makes them; only the kernel and the launcher read them."""
+    """The keys of one home. `init_home` makes them; only the kernel and the launcher read them. `clock` dates what they sign: the
+    kernel's follows the broker; the others run on the broker's machine, by its clock."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -153,7 +156,8 @@ class Authority:
         self._seeds = {role: (folder / f"{role}.seed").read_text().strip() for role in ROLES}
         self.operator, self.account, self.system = (public_key(self._seeds[r]) for r in ("operator", "account", "system"))
         self.lookup = f"$SYS.REQ.ACCOUNT.{self.account}.CLAIMS.LOOKUP"  # subject that answers with the account's claims in force
-        self.signing = SigningKeys(folder / "signing", LIFETIME_S)
+        self.clock = Clock()
+        self.signing = SigningKeys(folder / "signing", LIFETIME_S, self.clock)
 
     def operator_jwt(self) -> str:
         nats = {"type": "operator", "version": 2, "system_account": self.system}
@@ -168,7 +172,7 @@ class Authority:
         nats = {"type": "account", "version": 2, "limits": limits, "default_permissions": {"pub": {}, "sub": {}}}
         signing = self.signing.public() if which == "account" else []
         nats |= {k: v for k, v in (("mappings", mappings), ("revocations", revocations), ("signing_keys", signing)) if v}
-        claims = {"name": f"kernelm-{which}", "sub": getattr(self, which), "nats": nats} | ({"iat": iat} if iat else {})
+        claims = {"name": f"kernelm-{which}", "sub": getattr(self, which), "nats": nats, "iat": iat or int(self.clock())}
         return sign(claims, self._seeds["operator"])
 
     def user_jwt(self, name: str, key: str, publish: Iterable[str], subscribe: Iterable[str], lifetime_s: int = LIFETIME_S,
@@ -176,10 +180,10 @@ class Authority:
         """(JWT, expiry in Unix seconds; 0 with `lifetime_s` 0 for never) for the user `name` who holds `key`."""
         nats = {"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "tags": list(tags),
                 "pub": {"allow": list(publish), "deny": list(deny)}, "sub": {"allow": list(subscribe)}}  # fmt: skip
-        claims: dict[str, Any] = {"name": name, "sub": key, "nats": nats}
+        claims: dict[str, Any] = {"name": name, "sub": key, "nats": nats, "iat": int(self.clock())}
         seed = self._seeds[account]
         if lifetime_s:
-            claims["exp"] = int(time.time()) + lifetime_s
+            claims["exp"] = claims["iat"] + lifetime_s
             if account == "account" and lifetime_s <= LIFETIME_S and (signing := self.signing.in_use()):  # else it would outlive it
                 seed, nats["issuer_account"] = signing, self.account
         return sign(claims, seed), claims.get("exp", 0)
@@ -210,12 +214,14 @@ class Authority:
         return _b64(msgspec.json.encode(Credentials(identifier, jwt, seed, expires)))
 
     def verify(self, jwt: str, kind: str) -> tuple[str, Grant, int]:
-        """(name, grant, expiry) of a JWT of ours, `kind` being "join" or "grant"; ClientFault "unauthorized" otherwise."""
-        claims = read(jwt, self.account, *self.signing.public())
+        """(name, grant, seconds that it is still good for, 0 for ever) of a JWT of ours, `kind` being "join" or "grant";
+        ClientFault "unauthorized" otherwise."""
+        now = self.clock()
+        claims = read(jwt, self.account, *self.signing.public(), now=now)
         for tag in claims["nats"].get("tags", []):
             if tag.lower().startswith(f"{kind}:"):
                 grant = msgspec.json.decode(base64.b32decode(tag[len(kind) + 1 :].upper()), type=Grant)
-                return claims["name"], grant, claims.get("exp", 0)
+                return claims["name"], grant, max(int(claims["exp"] - now), 1) if claims.get("exp") else 0
         raise ClientFault("unauthorized", f"not a {kind} token", "get one from `kernelm`")
 
 

@@ -7,7 +7,7 @@ A key that was replaced stays in the account's claims for as long as a JWT that 
 always counts, and signs what never expires; so it is better kept for that alone.
 """
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,8 @@ class SigningKey(NamedTuple):
 class SigningKeys:
     """Those of one home, read anew with every question: another process rotates them."""
 
-    def __init__(self, folder: Path, lifetime_s: int) -> None:
-        self._folder, self._lifetime_s = folder, lifetime_s
+    def __init__(self, folder: Path, lifetime_s: int, clock: Callable[[], float]) -> None:
+        self._folder, self._lifetime_s, self._clock = folder, lifetime_s, clock
 
     def all(self) -> list[SigningKey]:
         """The one in use first, then those before it, and the next one at the end; without those that have run out."""
@@ -40,7 +40,7 @@ class SigningKeys:
         successor = 0
         for path in sorted(self._folder.glob("[0-9]*.seed"), key=lambda p: -int(p.stem)):
             until = successor + self._lifetime_s if successor else 0
-            if not until or until > time.time():
+            if not until or until > self._clock():
                 found.append(_read(path, int(path.stem), until))
             successor = int(path.stem)
         if self._next.exists():
@@ -68,7 +68,7 @@ class SigningKeys:
     def use_next(self, drop_others: bool = False) -> None:
         """Sign with the next key from now on. With `drop_others` nothing that another has signed counts any more."""
         earlier = list(self._folder.glob("[0-9]*.seed"))
-        since = max([int(time.time()), *(int(p.stem) + 1 for p in earlier)])
+        since = max([int(self._clock()), *(int(p.stem) + 1 for p in earlier)])
         self._next.rename(self._folder / f"{since}.seed")
         kept = set() if drop_others else {key.since for key in self.all()}
         for path in earlier:
