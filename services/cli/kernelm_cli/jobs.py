@@ -100,9 +100,12 @@ def _print_job(job: JobRecord, console: Console) -> None:
     rows.add_column(overflow="fold")
     times = {n: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for n, t in
              (("submitted", job.submitted), ("started", job.started), ("finished", job.finished)) if t}  # fmt: skip
+    state, why = plain(job, time.time()), job.why
+    if job.fault and job.state == "dead":  # the panel below has the reason
+        state, why = f"FAILED after {duration(took(job, time.time()))}", "" if why == job.fault.message else why
     facts = {"job": job.id, "name": job.spec.name, "uses": job.spec.uses, "run": job.spec.run, "parent": job.spec.parent,
-             "state": plain(job, time.time()), "attempt": f"{job.attempt} of {job.spec.attempts}, epoch {job.epoch}",
-             "where": f"{job.instance} on {job.node}" if job.instance else "", "why": job.why, "checkpoint": job.checkpoint,
+             "state": state, "attempt": f"{job.attempt} of {job.spec.attempts}, epoch {job.epoch}",
+             "where": f"{job.instance} on {job.node}" if job.instance else "", "why": why, "checkpoint": job.checkpoint,
              **times}  # fmt: skip
     for name, value in facts.items():
         if value:

@@ -162,12 +162,18 @@ async def finish(bus: Bus, job: JobRecord, quiet: bool) -> JobRecord:
     with shown as status:
         while not job.result and job.state not in ("dead", "cancelled", "done"):
             if status is not None:
-                status.update(f"job {job.id} is {job.state}: {job.progress.phase} {job.progress.message or job.why}")
+                status.update(_state_of(job))
             await asyncio.sleep(0.2)
             job = await bus.call(Jobs.get, JobName(job.id), timeout_s=5.0, patience_s=60.0)
     if job.state in ("dead", "cancelled"):
         raise from_body(job.fault) if job.fault else KernelFault("not_deployed", f"job {job.id} is {job.state}: {job.why}")
     return job
+
+
+def _state_of(job: JobRecord) -> Text:
+    """One line, whatever a reason is made of."""
+    said = f"{job.progress.phase} {job.progress.message}" if job.state == "running" else job.why
+    return Text(" ".join(f"job {job.id} is {job.state}: {said}".split()).removesuffix(":"), no_wrap=True, overflow="ellipsis")
 
 
 def _card_facts(card: ModelCard | str) -> dict[str, str]:

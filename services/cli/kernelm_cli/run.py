@@ -20,7 +20,7 @@ from kernelm_cli.home import read_up
 from kernelm_cli.run_file import RunFile, read
 from kernelm_cli.session import Common, connection, stdout
 from kernelm_cli.sources import visible
-from kernelm_cli.view import FINISHED, MARKS, PlainRun, RunDrawing, duration, lines, outcome, serves, took
+from kernelm_cli.view import FINISHED, MARKS, PlainRun, RunDrawing, duration, ended, lines, outcome, serves, took
 from kernelm_contracts.jobs import Deployed, Jobs, RunName, RunRecord, RunSpec, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
@@ -173,7 +173,7 @@ def _summary(view: RunView, console: Console) -> None:
             table.add_row("·", line.name, "", "not started")
         elif line.job.state in FINISHED:
             name = "  " * line.depth + line.name
-            table.add_row(MARKS[line.job.state], name, duration(took(line.job, time.time())), Text(outcome(line.job)))
+            table.add_row(MARKS[line.job.state], name, duration(took(line.job, time.time())), Text(ended(line, view.run)))
         elif serves(line.job):
             table.add_row(MARKS["done"], "  " * line.depth + line.name, "", Text(f"serves: {outcome(line.job)}"))
     console.print(table)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from kernelm_cli.curves import Curves
 from kernelm_cli.results import key_result, short
-from kernelm_contracts.jobs import DEPLOY, JobRecord, RunView
+from kernelm_contracts.jobs import DEPLOY, JobRecord, RunRecord, RunView
 from kernelm_sdk.system import Progress
 
 FINISHED = frozenset({"done", "dead", "cancelled"})
@@ -102,6 +102,14 @@ def metrics(progress: Progress) -> str:
     return ", ".join((known + others)[:3])
 
 
+def ended(line: "Line", run: RunRecord) -> str:
+    """What a job that is over came to; "failed" where its fault is that of the run, which has a panel of its own."""
+    fault = line.job.fault if line.job and line.job.state == "dead" and not line.depth else None
+    if fault and run.fault and run.fault.message.endswith(fault.message):
+        return "failed"
+    return outcome(line.job) if line.job else ""
+
+
 def outcome(job: JobRecord) -> str:
     """What a job that is over came to."""
     if job.state == "done" or serves(job):
@@ -126,7 +134,7 @@ class RunDrawing:
         table.add_column(overflow="fold", ratio=1)
         table.add_column(justify="right", no_wrap=True)
         for line in lines(view):
-            table.add_row(*self._row(line, now))
+            table.add_row(*self._row(line, now, view.run))
             if curve := self._curve(line.job):
                 table.add_row("", "", "", Text(curve, "cyan"), "")
         head = Text.assemble((f"run {view.run.spec.name}", "bold"), (f"  {view.run.id}", "dim"))
@@ -138,14 +146,14 @@ class RunDrawing:
         self._curves.take(job)
         return self._curves.draw(job.id)
 
-    def _row(self, line: Line, now: float) -> tuple[RenderableType, ...]:
+    def _row(self, line: Line, now: float, run: RunRecord) -> tuple[RenderableType, ...]:
         name = Text("  " * line.depth + line.name, "default" if line.depth else "bold")
         job = line.job
         if job is None:
             return MARKS["queued"], name, "", Text("waits", "dim"), ""
         if job.state in FINISHED:
             style = {"done": "green", "dead": "red"}.get(job.state, "yellow")
-            return MARKS[job.state], name, "", Text(outcome(job), style), Text(duration(took(job, now)), "dim")
+            return MARKS[job.state], name, "", Text(ended(line, run), style), Text(duration(took(job, now)), "dim")
         if serves(job):
             return MARKS["done"], name, "", Text(outcome(job), "green"), ""
         if job.state != "running":
@@ -162,6 +170,7 @@ class PlainRun:
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[str, float]] = {}  # job -> what was last said of it, and when
+        self._told: set[tuple[str, str]] = set()  # job and reason for which it was queued again: the next attempt may fail alike
 
     def update(self, view: RunView, now: float) -> list[str]:
         """The lines that `view` adds to what was said before."""
@@ -176,7 +185,13 @@ class PlainRun:
             if key == said and (job.state != "running" or serves(job) or now - when < PLAIN_EVERY_S):
                 continue
             self._said[job.id] = key, now
-            new.append("  " * line.depth + f"{line.name}: {plain(job, now)}")
+            text = plain(job, now)
+            if job.state == "dead" and not line.depth:  # the run ends with it, and with its fault
+                text = f"FAILED after {duration(took(job, now))}"
+            elif job.state == "queued" and job.attempt and (job.id, job.why) in self._told:
+                text = "queued: as before"
+            self._told.add((job.id, job.why))
+            new.append("  " * line.depth + f"{line.name}: {text}")
         return new
 
 

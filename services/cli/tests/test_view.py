@@ -7,6 +7,7 @@ import msgspec
 from rich.console import Console
 
 from kernelm_cli.results import key_result, tables
+from kernelm_cli.run import _summary
 from kernelm_cli.view import PlainRun, RunDrawing, duration, left, lines, metrics
 from kernelm_contracts.data import DatasetCard, Prepared
 from kernelm_contracts.jobs import Deployed, JobRecord, JobSpec, RunRecord, RunSpec, RunView, StageSpec
@@ -73,6 +74,28 @@ def test_a_failed_stage_shows_its_fault() -> None:
     dead = job("train", "trainer/1.train", "dead", fault=fault, finished=1040.0)
     assert "✗ train" in drawn(view(PREPARED, dead))
     assert "train ran out of memory" in drawn(view(PREPARED, dead))
+
+
+def test_the_reason_of_a_failed_run_is_left_to_its_panel() -> None:
+    fault = FaultBody("plugin", "not_ready", "config.json is missing")
+    dead = job("train", "trainer/1.train", "dead", fault=fault, why=fault.message, finished=1040.0)
+    nan = FaultBody("plugin", "nan", "the loss is nan")
+    child = job("trial-1", "trainer/1.train", "dead", parent="j-train", fault=nan, finished=1040.0)
+    of_run = FaultBody("plugin", "not_ready", "stage 'train': config.json is missing")
+    run = view(PREPARED, dead, child, state="failed", fault=of_run)
+    console = Console(file=io.StringIO(), width=140)
+    _summary(run, console)
+    for text in (drawn(run), "\n".join(PlainRun().update(run, 1040.0)), console.file.getvalue()):  # type: ignore[attr-defined]
+        assert fault.message not in text
+        assert "fail" in text.lower()
+        assert "the loss is nan" in text, "of a child there is no panel"
+
+
+def test_an_attempt_that_fails_like_the_one_before_is_not_told_at_length_again() -> None:
+    plain, queued = PlainRun(), job("train", "trainer/1.train", "queued", why="config.json is missing", attempt=1)
+    assert plain.update(view(queued), 1001.0) == ["train: queued: config.json is missing"]
+    assert plain.update(view(job("train", "trainer/1.train", attempt=1)), 1002.0)
+    assert plain.update(view(msgspec.structs.replace(queued, attempt=2)), 1003.0) == ["train: queued: as before"]
 
 
 def test_plain_lines_have_no_control_codes_and_come_only_for_news() -> None:

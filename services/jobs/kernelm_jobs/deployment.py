@@ -13,6 +13,7 @@ from kernelm_sdk.system import Bounds, Destination, PoolSpec, Progress, Resource
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 MAX_NAME = 40  # characters; generation and digest follow it in the pool's name, which has 63
+REMEDY, LOG = " -> ", "\n  | "  # in what a node says of an instance that has ended: before what to do, and each line of its log
 HISTORY = 10  # models that a record remembers
 
 
@@ -179,19 +180,26 @@ def progress_of(swap: Swap, system: SystemState, now: float) -> Progress:
         return Progress(round(seconds / swap.bounds.watch_s, 4), "watching",
                         f"{share} to {swap.pool}, watched for {seconds:.0f} of {swap.bounds.watch_s:g} s")  # fmt: skip
     mine = [i for i in system.instances if i.pool == swap.pool]
-    states = ", ".join(f"{i.id} is {i.state}{': ' * bool(i.reason)}{i.reason}" for i in mine) or "no instance yet"
+    reasons = {i.id: i.reason.partition(LOG)[0] for i in mine}  # the fault that may follow has the log
+    states = ", ".join(f"{i.id} is {i.state}{': ' * bool(reasons[i.id])}{reasons[i.id]}" for i in mine) or "no instance yet"
     return Progress(0.0, swap.phase, states)
 
 
 def raise_if_over(swap: Swap, name: str) -> None:
-    """PluginFault if the swap did not come to its aim: "rolled_back" once the new model had calls, "not_ready" before."""
+    """PluginFault if the swap did not come to its aim: "rolled_back" once the new model had calls, "not_ready" before. Its message
+    is one line; the remedy of what an instance ended with is its own, and the last lines of the log are a detail."""
+    if swap.phase not in ("rolled_back", "failed"):
+        return
+    outcome, *log = swap.outcome.split(LOG)
+    outcome, _, remedy = outcome.partition(REMEDY)
+    details: dict[str, Any] = {"generation": swap.generation, "pool": swap.pool} | ({"log": "\n".join(log)} if log else {})
     if swap.phase == "rolled_back":
         raise PluginFault("rolled_back", f"{name} went back from {swap.pool} to {swap.before}, which goes on serving: "
-                          f"{swap.outcome}", "see the log of its instances; deploy with wider bounds if this is how it shall be",
-                          generation=swap.generation, pool=swap.pool)  # fmt: skip
-    if swap.phase == "failed":
-        raise PluginFault("not_ready", f"pool {swap.pool} does not serve {name}: {swap.outcome}", "see the log of its instances",
-                          retriable=True, generation=swap.generation, pool=swap.pool)  # fmt: skip
+                          f"{outcome}", remedy or "see the log of its instances; deploy with wider bounds if this is how it "
+                          "shall be", **details)  # fmt: skip
+    outcome = outcome.replace(f"pool {swap.pool} ", "it ", 1)
+    raise PluginFault("not_ready", f"pool {swap.pool} does not serve {name}: {outcome}", remedy or "see the log of its instances",
+                      retriable=True, **details)  # fmt: skip
 
 
 def follows(new: Deployment, old: Deployment) -> Deployment:

@@ -105,6 +105,20 @@ def test_a_swap_shows_how_far_it_is_and_ends_in_a_clear_fault() -> None:
     assert (caught.value.code, caught.value.retriable) == ("not_ready", True)
 
 
+def test_a_start_that_failed_is_told_once_in_one_line_with_its_own_remedy() -> None:
+    why = "ended with code 1; config.json is missing (invalid_model) -> import the whole folder\n  | loading\n  | 3 files"
+    instance = Instance("e-1", "encoder", "1", SERVING, "local", "failed", reason=why)
+    swap = Swap("s", SERVING, "", ("news",), "starting", "jobs", "", 0.0)
+    assert progress_of(swap, msgspec.structs.replace(SYSTEM, instances=(instance,)), 1.0).message == (
+        "e-1 is failed: ended with code 1; config.json is missing (invalid_model) -> import the whole folder")
+    with pytest.raises(PluginFault) as caught:
+        raise_if_over(msgspec.structs.replace(swap, phase="failed", outcome=f"pool {SERVING} did not start: {why}"), "news")
+    fault = caught.value
+    assert fault.message == (f"pool {SERVING} does not serve news: it did not start: ended with code 1; config.json is missing "
+                             "(invalid_model)")  # fmt: skip
+    assert (fault.remedy, fault.details["log"]) == ("import the whole folder", "loading\n3 files")
+
+
 def test_a_deployment_remembers_what_served_before() -> None:
     old = Deployment("news", 1, MODEL, SERVING, "encoder", "j", when=1.0)
     new = follows(Deployment("news", 3, OTHER, "news-g3-bbbbbbbb", "encoder", "k", when=2.0), old)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kernelm_node.runtimes.runtime import UNKNOWN_CODE, Exit
 
+REMEDY = "remedy: "  # before that of a fault, as `str` writes it
 TAIL_BYTES = 64 * 1024
 # where the module's name is not the distribution's
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "PyYAML", "cv2": "opencv-python", "grpc": "grpcio",
@@ -30,12 +31,12 @@ def last_lines(log: Path, offset: int = 0, count: int = 40) -> list[str]:
 
 
 def diagnose(exit: Exit, lines: list[str]) -> str:
-    """One line on how it ended and what to do about it, then the last lines of the log, indented."""
+    """One line on how it ended and what to do about it, then those of the last lines of the log that are not in it, indented."""
     advice = _advice(lines) if exit.code != 0 else ""
     if not advice and exit.code == -signal.SIGKILL and exit.note.startswith("out of memory"):
         advice = MEMORY
     head = "; ".join(part for part in (how(exit), advice) if part)
-    return "\n".join([head, *(f"  | {line}" for line in lines[-8:])])
+    return "\n".join([head, *(f"  | {line}" for line in lines[-8:] if line.strip().removeprefix(REMEDY) not in head)])
 
 
 def how(exit: Exit) -> str:
@@ -57,8 +58,8 @@ def how(exit: Exit) -> str:
 def _advice(lines: list[str]) -> str:
     """What the log itself says of the cause: the last line that a rule knows, else the last line of an exception."""
     for k in range(len(lines) - 1, -1, -1):
-        if lines[k].strip().startswith("remedy: ") and k > 0:  # a kernelm fault brings its own
-            return f"{lines[k - 1].strip()} -> {lines[k].strip().removeprefix('remedy: ')}"
+        if lines[k].strip().startswith(REMEDY) and k > 0:  # a kernelm fault brings its own
+            return f"{lines[k - 1].strip()} -> {lines[k].strip().removeprefix(REMEDY)}"
         for pattern, advise in RULES:
             if found := pattern.search(lines[k]):
                 return advise(found)

@@ -38,7 +38,14 @@ def test_a_crash_becomes_advice(program: str, advice: str) -> None:
     first, *rest = diagnose(Exit(1), lines).splitlines()
     assert first.startswith("ended with code 1")
     assert advice in first
-    assert rest == [f"  | {line}" for line in lines[-8:]]
+    assert rest == [f"  | {line}" for line in lines[-8:] if line.strip().removeprefix("remedy: ") not in first]
+    assert all(f"{first}\n".count(line) == 1 for line in lines if line in first), "and nothing is said twice"
+
+
+def test_what_a_fault_says_is_said_once() -> None:
+    lines = ["loading", "config.json: it is missing (invalid_model)", "  remedy: import the whole folder"]
+    said = "ended with code 1; config.json: it is missing (invalid_model) -> import the whole folder\n  | loading"
+    assert diagnose(Exit(1), lines) == said
 
 
 def test_a_module_whose_import_is_blocked_is_named_once() -> None:
