@@ -30,11 +30,11 @@ class Leader(msgspec.Struct, frozen=True):
 
 
 class Revoked(msgspec.Struct, frozen=True):
-    """A user whose JWTs issued up to `at` (0: all of them, at once) are refused; kept until `until`, when the last has expired."""
+    """A user whose JWTs issued up to `at` (0: all of them, at once) are refused."""
 
     key: str
     at: int
-    until: int
+    until: int  # when the last of them ends, 0 for never; kept for a life more: the broker's clock, which ends it, may be put back
     owner: str = ""
 
 
@@ -62,7 +62,7 @@ class Router:
         self.table = {r.name: r for r, _ in (await self._routes.all("route")).values()}
         self.revoked = {r.key: r for r, _ in (await self._revoked.all("revoked")).values()}
         if leader and leader.key:
-            await self.revoke(leader.key, int(time.time()) + LIFETIME_S)  # later it has noticed: it must not push
+            await self.revoke(leader.key, int(self._authority.clock()) + LIFETIME_S)  # later it has noticed: it must not push
         else:
             await self.push()
 
@@ -95,11 +95,11 @@ class Router:
 
     async def hasten(self, owner: str) -> None:
         """What was to be refused of `owner` later is refused now."""
-        for later in [r for r in self.revoked.values() if r.owner == owner and r.at > time.time()]:
+        for later in [r for r in self.revoked.values() if r.owner == owner and r.at > self._authority.clock()]:
             await self.revoke(later.key, later.until)
 
     def _due(self) -> dict[str, int]:  # at once: up to a JWT's own end, which no clock that signed it has put before its beginning
-        return {r.key: r.at or r.until or 1 << 40 for r in self.revoked.values() if r.at <= time.time()}
+        return {r.key: r.at or r.until or 1 << 40 for r in self.revoked.values() if r.at <= self._authority.clock()}
 
     def mappings(self) -> dict[str, Any]:
         """One wildcard mapping a name: every message scans them all."""
@@ -121,9 +121,9 @@ class Router:
             if leader is None or leader.epoch != self.epoch or leader.boot != self._boot:
                 self.health = f"deposed by epoch {leader.epoch if leader else 0}"
                 raise KernelFault("not_leader", f"this kernel held epoch {self.epoch} and was deposed", "it has to stop")
-            iat = max(int(time.time()), leader.iat + 1)
+            iat = max(int(self._authority.clock()), leader.iat + 1)
             await self._leader.put("leader", Leader(self.epoch, self._boot, iat, self._key), revision)
-            for key in [k for k, r in self.revoked.items() if 0 < r.until < time.time()]:
+            for key in [k for k, r in self.revoked.items() if 0 < r.until < self._authority.clock() - LIFETIME_S]:
                 await self._revoked.delete(f"revoked.{self.revoked.pop(key).key}")
             jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=self._due())
             begun = time.perf_counter()

@@ -5,6 +5,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,11 @@ from kernelm.testing.harness import System, until
 from kernelm.testing.parts import absent
 from kernelm_authority.identity import LIFETIME_S, read
 from kernelm_scheduler.plugin import SchedulerPlugin
-from kernelm_sdk.bus import Bus
-from kernelm_sdk.enrollment import join
-from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.bus import Bus, Credentials
+from kernelm_sdk.enrollment import join, new_seed, public_key
+from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.plugin import find_manifests
+from kernelm_sdk.system import Destination, Kernel, KeyCreated, KeyName, KeyRequest, Route
 
 OFF = ["+3600", "-3600", "+400d"]  # libfaketime's: an hour ahead, an hour behind, a year and more ahead
 A_MINUTE_S = 60
@@ -43,6 +45,11 @@ async def restart_kernel(system: System, off: str = "", **environment: str) -> N
     await until(leads, 30, "the next kernel")
 
 
+async def push(system: System, generation: int) -> None:
+    """Have the kernel sign and push its claims."""
+    await system.admin.call(Kernel.set_route, Route("news", "model", (Destination("p", 100),), generation), patience_s=10.0)
+
+
 async def records(system: System, bucket: str, prefix: str) -> list[dict[str, str]]:
     """The headers of the records below `prefix` that are there."""
     bus = await Bus.connect(system.broker.url, system.authority.credentials("reader"))
@@ -51,6 +58,11 @@ async def records(system: System, bucket: str, prefix: str) -> list[dict[str, st
     finally:
         await bus.close()
     return [headers for headers in found.values() if "KV-Operation" not in headers]
+
+
+async def refused(system: System, held: Credentials) -> None:
+    with pytest.raises(Fault, match=r"refused|uthorization"):
+        await Bus.connect(system.broker.url, held, timeout_s=3)
 
 
 @pytest.mark.parametrize("off", OFF)
@@ -84,3 +96,45 @@ async def test_a_token_is_remembered_for_as_long_as_it_is_good(system: System, m
     await join(system.broker.url, token)
     (used,) = await records(system, "registry", "token")
     assert int(used["Nats-TTL"]) > 7200 + 600
+
+
+@pytest.mark.parametrize("off", OFF)
+async def test_a_revocation_outlives_the_key_whatever_the_kernels_clock_says(system: System, off: str) -> None:
+    seed = new_seed()
+    request = KeyRequest("acme", ("news",), expires_s=1800, public_key=public_key(seed))
+    made: KeyCreated = await system.admin.call(Kernel.create_key, request)
+    held = Credentials(f"key-{made.key.id}", made.jwt, seed)
+    await system.admin.call(Kernel.revoke_key, KeyName(made.key.id))
+    await restart_kernel(system, off)
+    await push(system, 1)
+    await refused(system, held)
+    await restart_kernel(system)  # the clock is put right
+    await push(system, 2)
+    await refused(system, held)
+
+
+async def test_who_is_shut_out_by_a_kernel_that_runs_ahead_is_out(system: System) -> None:
+    """Whose JWT has expired for the kernel is not out yet: the broker still lets it in."""
+    await restart_kernel(system, KERNELM_JWT_LIFETIME_S="1800")
+    held = await join(system.broker.url, system.authority.token("jobs"))
+    frozen = await system.track(Bus.connect(system.broker.url, held))
+    await restart_kernel(system, "+3600", KERNELM_JWT_LIFETIME_S="1800")
+    await join(system.broker.url, system.authority.token("jobs"))
+    await until(lambda: not frozen.connected, 20, "the one before cut off")
+    await refused(system, held)
+
+
+async def test_a_revocation_goes_once_nobody_needs_it(system: System) -> None:
+    await restart_kernel(system, KERNELM_JWT_LIFETIME_S="1")
+    request = KeyRequest("acme", ("news",), expires_s=1, public_key=public_key(new_seed()))
+    made: KeyCreated = await system.admin.call(Kernel.create_key, request)
+    await system.admin.call(Kernel.revoke_key, KeyName(made.key.id))
+    generation = 0
+
+    async def gone() -> Any:
+        nonlocal generation
+        generation += 1
+        await push(system, generation)
+        return not await records(system, "routes", "revoked")
+
+    await until(gone, 30, "the end of the record")
