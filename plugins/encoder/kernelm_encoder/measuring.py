@@ -135,12 +135,12 @@ def _examinee(digest: str, arguments: tuple[Any, ...], watcher: Watcher) -> Iter
 
 def _agreed_labels(models: dict[str, Path], dataset: Path, request: MeasureRequest) -> tuple[str, ...]:
     """The dataset's labels in its order; ClientFault "labels_differ" if a model has other ones."""
-    from kernelm_encoder.model import read_card
+    from kernelm_encoder.model import UNREADABLE, read_card
 
     path = dataset / "labels.json"
     try:
         labels = msgspec.json.decode(path.read_bytes(), type=tuple[str, ...])
-    except (OSError, msgspec.DecodeError) as error:
+    except UNREADABLE as error:
         raise ClientFault("invalid_dataset", f"{path.name}: {error}", "measure on an artifact of kind 'dataset'") from None
     for digest, folder in models.items():
         if sorted(card_labels := read_card(folder).labels) != sorted(labels):

@@ -21,6 +21,7 @@ from kernelm_sdk.errors import ClientFault
 Array = NDArray[np.float32]
 
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+UNREADABLE = (OSError, ValueError, RecursionError, msgspec.DecodeError)  # what reading a file of JSON may end in
 REMEDY = "serve an artifact of kind 'model' as kernelm_contracts.trainer describes it"
 
 
@@ -114,7 +115,7 @@ def read_card(folder: Path) -> ModelCard:
         return card_of(folder)
     try:
         card = msgspec.json.decode(path.read_bytes(), type=ModelCard)
-    except (OSError, msgspec.DecodeError) as error:
+    except UNREADABLE as error:
         raise invalid_model(path, str(error)) from None
     if (len(set(card.labels)) != len(card.labels) or len(card.labels) < 2) and card.structure != "sentence-embedding":
         raise invalid_model(path, f"`labels` must be at least two different names, not {list(card.labels)}")
@@ -173,6 +174,6 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[
     return tensors
 
 
-def invalid_model(path: Path, why: str) -> ClientFault:
-    """The fault of an artifact that can't be served; names the file."""
-    return ClientFault("invalid_model", f"{path.name}: {why}", REMEDY)
+def invalid_model(path: Path, why: str, remedy: str = REMEDY) -> ClientFault:
+    """The fault of an artifact that can't be served; names the file, with its folder where `path` is relative."""
+    return ClientFault("invalid_model", f"{path.name if path.is_absolute() else path}: {why}", remedy)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kernelm_contracts.terms import VIEWS, terms, tokenize
 from kernelm_contracts.trainer import ModelCard
-from kernelm_encoder.model import Array, Document, Output, invalid_model, read_tensors, size_of
+from kernelm_encoder.model import UNREADABLE, Array, Document, Output, invalid_model, read_tensors, size_of
 
 
 class Terms(NamedTuple):
@@ -81,7 +81,7 @@ class TfidfLinear:
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
         vocabulary = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
-    except (OSError, msgspec.DecodeError) as error:
+    except UNREADABLE as error:
         raise invalid_model(path, str(error)) from None
     if not vocabulary or sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise invalid_model(path, f"columns must be 0 to {len(vocabulary) - 1}, each once")

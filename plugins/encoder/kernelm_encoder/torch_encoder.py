@@ -60,8 +60,12 @@ def load(kind: Any, folder: Path, card: ModelCard) -> Any:
     if not path.is_file():  # transformers would look for other formats, and for the name on a hub
         raise invalid_model(path, "the file is missing")
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of as many kinds
+        raise invalid_model(folder / "config.json", f"transformers can't read it: {error}") from error
+    try:
         encoder, found = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
             dtype=DTYPES[card.precision], output_loading_info=True)  # fmt: skip
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, RuntimeError
         raise invalid_model(path, f"transformers can't load it: {error}") from error

@@ -136,3 +136,63 @@ def test_a_tokenizer_is_asked_for(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ClientFault, match=r"tokenizer\.json: the file is missing; a fast tokenizer"):
         open_model(folder, 1)
+
+
+@pytest.mark.parametrize(("file", "content", "what"), [
+    ("modules.json", b"{", r"modules\.json: Expecting property name"),
+    ("modules.json", b"{}", r"modules\.json: Expected `array`, got `object`"),
+    ("modules.json", b"[7]", r"modules\.json: Expected `object`, got `int` - at `\$\[0\]`"),
+    ("modules.json", b'[{"path": ""}]', r"modules\.json: Object missing required field `type` - at `\$\[0\]`"),
+    ("modules.json", b'[{"type": "a.Pooling", "path": 1}]', r"modules\.json: Expected `str`, got `int` - at `\$\[0\]\.path`"),
+    ("modules.json", b'[{"type": "a.Pooling", "path": "../.."}]', r"modules\.json: `path` '\.\./\.\.' leads out of the folder"),
+    ("modules.json", b'[{"type": "a.Pooling", "path": "9_Pooling"}]', r"9_Pooling/config\.json: .*No such file"),
+    ("modules.json", b"\xff", r"modules\.json: 'utf-8' codec"),
+    ("modules.json", b"[" * 100_000, r"modules\.json: maximum recursion depth"),
+    ("1_Pooling/config.json", b"[]", r"1_Pooling/config\.json: Expected `object`, got `array`"),
+    ("1_Pooling/config.json", b"none", r"1_Pooling/config\.json: Expecting value"),
+    ("config.json", b"[]", r"config\.json: Expected `object`, got `array`"),
+    ("config.json", b'{"architectures": "BertModel"}', r"config\.json: .*`str` - at `\$\.architectures`"),
+    ("config.json", b'{"architectures": [7]}', r"config\.json: Expected `str`, got `int` - at `\$\.architectures\[0\]`"),
+    ("config.json", b'{"max_position_embeddings": "many"}', r"config\.json: .*`\$\.max_position_embeddings`"),
+    ("config.json", b'{"hidden_size": "wide"}', r"config\.json: .*`\$\.hidden_size`"),
+    ("tokenizer_config.json", b'{"model_max_length": "many"}', r"tokenizer_config\.json: .*`\$\.model_max_length`"),
+    ("tokenizer_config.json", b"7", r"tokenizer_config\.json: Expected `object`, got `int`"),
+    ("sentence_bert_config.json", b'{"max_seq_length": []}', r"sentence_bert_config\.json: .*`\$\.max_seq_length`"),
+])  # fmt: skip
+def test_a_file_that_is_broken_is_named_with_its_field_and_a_remedy(file: str, content: bytes, what: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MINILM, tmp_path / "m"))
+    (folder / file).write_bytes(content)
+    with pytest.raises(ClientFault, match=what) as caught:
+        open_model(folder, 1)
+    assert caught.value.code == "invalid_model"
+    assert "kernelm model import" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("change", "what"), [
+    ({"id2label": ["sport", "tech"]}, r"config\.json: .*`\$\.id2label`"),
+    ({"id2label": {"a": "sport", "b": "tech"}}, r"config\.json: `id2label` must number the labels from 0 to 1, not a, b"),
+    ({"num_hidden_layers": "two"}, r"config\.json: transformers can't read it: .*num_hidden_layers"),
+])  # fmt: skip
+def test_a_field_of_a_classifiers_config_is_named(change: dict[str, Any], what: str, tmp_path: Path) -> None:
+    folder = bert(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ClientFault, match=what) as caught:
+        open_model(folder, 1)
+    assert caught.value.code == "invalid_model"
+
+
+def test_what_transformers_writes_beyond_json_is_read(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656, "more": NaN}')
+    assert card_of(folder).max_tokens == MAX_TOKENS
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": Infinity}')
+    assert card_of(folder).max_tokens == MAX_TOKENS
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[", b'{"name": 7}'])
+def test_a_card_that_can_not_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(ClientFault, match=r"model\.json: ") as caught:
+        open_model(tmp_path, 1)
+    assert caught.value.code == "invalid_model"
