@@ -297,13 +297,12 @@ def test_ids_with_special_tokens_are_those_of_hugging_face(run, source, tokenize
 def test_packing_loses_nothing(documents, length):
     packer = Packer(length, 0)
     half = len(documents) // 2
-    found = []
-    for part in (documents[:half], documents[half:]):
-        found.append(packer.add([np.array(document, np.int32) for document in part]))
-    found.append(packer.rest())
+    sequences, starts = [], []
+    for part in (documents[:half], documents[half:], None):
+        found = packer.rest() if part is None else packer.add(np.array(document, np.int32) for document in part)
+        sequences += [found.ids[low:high].tolist() for low, high in pairwise(found.id_offsets)]  # before they are overwritten
+        starts += [found.starts[low:high].tolist() for low, high in pairwise(found.start_offsets)]
     assert not len(packer.rest().ids)
-    sequences = [s.ids[low:high].tolist() for s in found for low, high in pairwise(s.id_offsets)]
-    starts = [s.starts[low:high].tolist() for s in found for low, high in pairwise(s.start_offsets)]
     expected = [i for document in documents for i in [*document, 0]]
     assert [i for ids in sequences for i in ids] == expected
     assert all(len(ids) == length for ids in sequences[:-1])

@@ -9,8 +9,12 @@ import pytest
 from kernelm_contracts.data import Clean
 from kernelm_data.clean import cleaner as reference_cleaner
 from kernelm_data.corpus.cleaning import CLASSES, SURE, UNSURE, as_steps, cleaner, normalize
+from kernelm_data.corpus.kernels import ASCII, word_bounds
+from kernelm_data.duplicates import WORD
 
-PIECES = (*"aZ~!", " ", " ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\x7f", "\x1f", "\x00", "\u00e9", "\u00a0", "\u2028", "\u4e2d")
+RUNS = (" " * 17, "\n" + " " * 8, "\n\n" + " " * 12, "\n \n")
+ODD = ("\t", "\r\n", "\x7f", "\x1f", "\x00", "\u00e9", "\u00a0", "\u2028", "\u4e2d")
+PIECES = (*"aZ~!", " ", " ", "\n", "  ", "\n\n\n", *RUNS, *ODD)
 HANGUL_VOWELS, HANGUL_FINALS = range(0x1161, 0x1176), range(0x11A8, 0x11C3)  # composed by rule (Unicode, section 3.12)
 
 
@@ -24,6 +28,17 @@ def test_runs_of_eight_bytes_are_tidied_as_single_ones(fields):
         text = "".join(dice.choice(PIECES) if dice.random() < rare else dice.choice("word") for _ in range(size))
         cleaned, changes = ours(text.encode())
         assert (cleaned.decode(), changes) == reference(text)
+
+
+def test_words_are_found_eight_bytes_at_a_time_as_by_the_expression():
+    dice, characters = random.Random(5), [*map(chr, range(128)), *"\u00e9\u4e2d\u306e\u0e01\u2028\u2190" * 4]
+    for _ in range(3_000):
+        rare = dice.random()
+        text = "".join(dice.choice(characters) if dice.random() < rare else dice.choice("word ") for _ in range(dice.randrange(40)))
+        data = text.encode()
+        bounds = np.empty(2 * len(data) + 2, np.int64)
+        words = word_bounds(np.frombuffer(data, np.uint8), ASCII, bounds)
+        assert [data[bounds[2 * w] : bounds[2 * w + 1]].decode() for w in range(words)] == WORD.findall(text)
 
 
 @pytest.mark.parametrize("size", [65_520, 65_527, 65_528, 65_529, 65_535, 65_536, 65_544])

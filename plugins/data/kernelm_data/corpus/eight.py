@@ -17,6 +17,9 @@ HIGH = np.uint64(0x8080808080808080)
 BLANKS, NEWLINES = np.uint64(0x2020202020202020), np.uint64(0x0A0A0A0A0A0A0A0A)
 FROM_BLANK, DELETE = np.uint64(0x5F5F5F5F5F5F5F5F), np.uint64(0x0101010101010101)  # 0x80 - 0x21, 0x80 - 0x7F
 FROM_A, FROM_BRACKET = np.uint64(0x3F3F3F3F3F3F3F3F), np.uint64(0x2525252525252525)  # 0x80 - "A", 0x80 - "["
+FROM_0, FROM_COLON = np.uint64(0x5050505050505050), np.uint64(0x4646464646464646)  # 0x80 - "0", 0x80 - ":"
+FROM_SMALL_A, FROM_BRACE = np.uint64(0x1F1F1F1F1F1F1F1F), np.uint64(0x0505050505050505)  # 0x80 - "a", 0x80 - "{"
+UNDERSCORES = np.uint64(0x5F5F5F5F5F5F5F5F)
 
 
 def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -55,6 +58,16 @@ def leading(typing: Any, mask: Any) -> Any:
     return types.int64(types.uint64), code
 
 
+@intrinsic
+def members(typing: Any, mask: Any) -> Any:
+    """How many bytes are in the mask."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), code
+
+
 @njit(cache=True, inline="always")
 def lower(chunk: np.uint64) -> np.uint64:
     """The bytes with A to Z in lower case."""
@@ -71,3 +84,19 @@ def tidied(chunk: np.uint64) -> np.uint64:
     visible = (low + FROM_BLANK) & ~(low + DELETE) & ascii_
     blank = (~((low ^ BLANKS) + LOW) | ~((low ^ NEWLINES) + LOW)) & ascii_
     return visible | (blank & (visible << np.uint64(8) | np.uint64(0x80)) & visible >> np.uint64(8))
+
+
+@njit(cache=True, inline="always")
+def letters(chunk: np.uint64) -> np.uint64:
+    """The mask of ASCII letters, digits and underscores; the chunk is ASCII."""
+    small = chunk | BLANKS
+    letter = (small + FROM_SMALL_A) & ~(small + FROM_BRACE)
+    digit = (chunk + FROM_0) & ~(chunk + FROM_COLON)
+    return (letter | digit | ~((chunk ^ UNDERSCORES) + LOW)) & HIGH
+
+
+@njit(cache=True, inline="always")
+def solid(chunk: np.uint64) -> np.uint64:
+    """The mask of bytes that are no blanks."""
+    other = chunk ^ BLANKS
+    return ((other & LOW) + LOW | other) & HIGH

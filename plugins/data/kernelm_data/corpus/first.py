@@ -23,7 +23,7 @@ from kernelm_data.corpus.language import Languages, wanted
 from kernelm_data.corpus.markup import html_text, pdf_text
 from kernelm_data.corpus.plan import FIRST, TESTS, Plan, decoded, installed, step_names
 from kernelm_data.corpus.quality import Measured, Rule, rules
-from kernelm_data.corpus.sketches import Sketcher, text_hash
+from kernelm_data.corpus.sketches import Sketcher, shares_any, text_hash
 from kernelm_data.corpus.streams import Broken
 from kernelm_data.decode import Undecodable, decode
 from kernelm_data.private.screen import Screen, reason
@@ -190,7 +190,7 @@ class Shard:
         if self.steps.tests is not None:
             book = self.books["contamination"]
             book.documents_in += 1
-            if kernels.shares_any(self.steps.sketcher.grams(array, self.request.contamination_words), self.steps.tests):
+            if shares_any(self.steps.sketcher.grams(array, self.request.contamination_words), self.steps.tests):
                 self.drop("contamination", record.id, f"shares {self.request.contamination_words} words with a test set", text)
                 return
             book.documents_out += 1

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from kernelm_data.corpus.eight import HIGH, get, leading, lower, put, tidied
+from kernelm_data.corpus.eight import HIGH, get, leading, letters, lower, members, put, solid, tidied
 
 Bytes = npt.NDArray[np.uint8]
 Bounds = npt.NDArray[np.int64]
@@ -40,6 +40,7 @@ ASCII = _classes()
 PLAIN = np.zeros(256, np.uint8)  # by byte: 1 for what is written as it stands, 2 for what is so between two of those
 PLAIN[:128] = (ASCII == LETTER) | (ASCII == MARK)
 PLAIN[[0x20, 0x0A]] = 2
+EACH = 1 << 32  # what a byte of whitespace counts beside its value
 
 
 @njit(cache=True, inline="always")
@@ -99,17 +100,40 @@ def wide_class(code: int) -> int:
 
 @njit(cache=True, nogil=True)
 def written(text: Bytes, i: int, out: Bytes, n: int) -> int:
-    """Copy the bytes of `text` from `i` on, which stand as they are, to `out` from `n` on; how many they were."""
+    """Copy the bytes of `text` from `i` on, which stand as they are, to `out` from `n` on; how many they were. Before `i` is a
+    visible character."""
     begin, run = i, 8
-    while run == 8 and i + 8 <= len(text):
+    while run >= 7 and i + 8 <= len(text):  # of the last byte of 8 it is not known what is behind it
         chunk = get(text, i)
         put(out, n, chunk)  # what is behind the run is written over
         run = leading(~tidied(chunk) & HIGH)
         n, i = n + run, i + run
-    while i + 1 < len(text) and (PLAIN[text[i]] | (PLAIN[text[i]] >> 1 & PLAIN[text[i + 1]])) & 1:
+    while run >= 7 and i + 1 < len(text) and (PLAIN[text[i]] | (PLAIN[text[i]] >> 1 & PLAIN[text[i + 1]])) & 1:
         out[n] = text[i]
         n, i = n + 1, i + 1
     return i - begin
+
+
+@njit(cache=True, nogil=True)
+def indentation(text: Bytes, i: int) -> int:
+    """How many blanks there are from `i` on."""
+    begin, run = i, 8
+    while run == 8 and i + 8 <= len(text):
+        run = leading(solid(get(text, i)))
+        i += run
+    while run == 8 and i < len(text) and text[i] == 0x20:
+        i += 1
+    return i - begin
+
+
+@njit(cache=True, nogil=True)
+def line_ends(text: Bytes, i: int) -> tuple[int, int]:
+    """Where the newlines from `i` on end, and the blanks behind each; how many newlines that are."""
+    lines = 0
+    while i < len(text) and text[i] == 0x0A:
+        i += 1 + indentation(text, i + 1)
+        lines += 1
+    return i, lines
 
 
 @njit(cache=True, nogil=True)
@@ -117,15 +141,22 @@ def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collap
     """Write `text` to `out`, which has room for 8 bytes more, without control characters, with one blank between words, one
     newline between lines and one empty line between paragraphs: `kernelm_data.clean` in one pass. The number of bytes, of
     characters dropped, and whether whitespace changed."""
-    i, n, dropped = 0, 0, 0
+    i, n, dropped, size_of = 0, 0, 0, len(text)
     breaks, blanks, carriage = 0, False, False
-    whitespace_in, whitespace_out, sum_in, sum_out = 0, 0, 0, 0  # a change keeps neither the number of bytes nor their sum
-    size_of = len(text)
+    change = 0  # whitespace that was read less what was written: other whitespace has another number of bytes or another sum
     while i < size_of:
         lead = text[i]
-        if lead < 0x80:
-            size, kind = 1, ascii_class[lead]
-        else:
+        if lead == 0x0A and collapse and n > 0 and breaks == 0 and not blanks:  # most lines of most texts end like this
+            k, lines = line_ends(text, i)
+            if k < size_of and PLAIN[text[k]] == 1:
+                stay = min(lines, 2)
+                out[n], out[n + 1], out[n + stay] = 0x0A, 0x0A, text[k]
+                change += EACH * (k - i - stay) + 0x20 * (k - i - lines) + 0x0A * (lines - stay)
+                plain = written(text, k + 1, out, n + stay + 1) + 1
+                n, i = n + stay + plain, k + plain
+                continue
+        size, kind = 1, ascii_class[lead & 0x7F]
+        if lead >= 0x80:
             size = width(lead)
             kind = wide_class(code_point(text, i, size))
         if kind == CONTROL:
@@ -136,43 +167,27 @@ def tidy(text: Bytes, out: Bytes, ascii_class: Bytes, drop_control: bool, collap
                 continue
             kind = BLANK if separator and collapse else MARK
         if collapse and (kind == BLANK or kind == BREAK or kind == CARRIAGE):  # noqa: SIM109 - compiled
-            for k in range(size):
-                sum_in += text[i + k]
-            whitespace_in += size
+            for k in range(i, i + size):
+                change += EACH + text[k]
             if kind == BLANK:
                 blanks = True
-                while lead == 0x20 and i + 1 < size_of and text[i + 1] == 0x20:  # indentation
-                    sum_in += 0x20
-                    whitespace_in += 1
-                    i += 1
+                more = indentation(text, i + 1) if lead == 0x20 else 0
+                change, i = change + (EACH + 0x20) * more, i + more
             elif not (carriage and lead == 0x0A):
                 breaks += 1
             carriage = kind == CARRIAGE
             i += size
             continue
-        carriage = False
-        if n > 0 and breaks > 0:
-            for _ in range(min(breaks, 2)):
-                out[n] = 0x0A
-                n += 1
-                sum_out += 0x0A
-                whitespace_out += 1
-        elif n > 0 and blanks:
-            out[n] = 0x20
-            n += 1
-            sum_out += 0x20
-            whitespace_out += 1
-        breaks, blanks = 0, False
-        if size == 1:
-            out[n] = lead
-            plain = written(text, i + 1, out, n + 1) + 1
-            n, i = n + plain, i + plain
-        else:
-            for k in range(size):
-                out[n + k] = text[i + k]
-            n += size
-            i += size
-    return n, dropped, whitespace_in != whitespace_out or sum_in != sum_out
+        if n > 0 and (breaks > 0 or blanks):
+            between, stay = (0x0A, min(breaks, 2)) if breaks > 0 else (0x20, 1)
+            out[n], out[n + 1] = between, between
+            change, n = change - (EACH + between) * stay, n + stay
+        breaks, blanks, carriage = 0, False, False
+        for k in range(size):
+            out[n + k] = text[i + k]
+        plain = written(text, i + 1, out, n + 1) if size == 1 else 0
+        n, i = n + size + plain, i + size + plain
+    return n, dropped, change != 0
 
 
 @njit(cache=True, nogil=True)
@@ -182,7 +197,7 @@ def adjacent(text: Bytes, special: Bytes, start: int) -> int:
     i, before = start, 0
     while i < len(text):
         if text[i] < 0x80:
-            i += 1
+            i += 8 if i + 8 <= len(text) and get(text, i) & HIGH == ZERO else 1
             before = 0
             continue
         size = width(text[i])
@@ -220,50 +235,39 @@ def unsure(text: Bytes, classes: Bytes, sure: Bytes, start: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _wide_bounds(text: Bytes, ascii_class: Bytes, bounds: Bounds) -> int:
-    n, i, end = 0, 0, len(text)
-    inside = False
+def word_bounds(text: Bytes, ascii_class: Bytes, bounds: Bounds) -> int:
+    """Where words begin and end, by turns; how many words there are. Words as in `kernelm_data.duplicates`. `bounds` has room for
+    2 * len(text) + 2 values. Of ASCII 8 bytes at a time, and mostly without a branch."""
+    n, i, end, inside = 0, 0, len(text), ZERO  # 0x80 after a letter
     while i < end:
+        chunk = get(text, i) if i + 8 <= end else HIGH
+        if chunk & HIGH == ZERO:
+            mask = letters(chunk)
+            edges = mask ^ (mask << np.uint64(8) | inside)
+            inside = mask >> np.uint64(56)
+            count = members(edges)
+            for k in range(4):  # what is behind the last one is written over
+                bounds[n + k] = i + leading(edges)
+                edges &= edges - ONE
+            for k in range(4, count):
+                bounds[n + k] = i + leading(edges)
+                edges &= edges - ONE
+            n, i = n + count, i + 8
+            continue
         lead = text[i]
         size, kind = 1, ascii_class[lead & 0x7F]
         if lead >= 0x80:
             size = width(lead)
             kind = wide_class(code_point(text, i, size))
-        letter = kind == LETTER
+        bounds[n] = i
+        n += (kind == LETTER) != (inside != ZERO)
         if kind == ALONE:
-            bounds[n] = i
-            n += inside
             bounds[n], bounds[n + 1] = i, i + size
             n += 2
-        else:
-            bounds[n] = i
-            n += letter != inside
-        inside = letter
+        inside = np.uint64(0x80) if kind == LETTER else ZERO
         i += size
     bounds[n] = end
-    n += inside
-    return n >> 1
-
-
-@njit(cache=True, nogil=True)
-def word_bounds(text: Bytes, ascii_class: Bytes, letter: Bytes, bounds: Bounds) -> int:
-    """Where words begin and end, by turns; how many words there are. Words as in `kernelm_data.duplicates`. `letter` has room for
-    len(text) values, `bounds` for 2 * len(text) + 2. Without a branch for a text in ASCII."""
-    wide = np.uint8(0)
-    for byte in text:
-        wide |= byte
-    if wide >= 0x80:
-        return _wide_bounds(text, ascii_class, bounds)
-    for i in range(len(text)):
-        b = text[i]
-        letter[i] = (((b | 0x20) - 0x61) & 0xFF < 26) | ((b - 0x30) & 0xFF < 10) | (b == 0x5F)
-    n, before = 0, 0
-    for i in range(len(text)):
-        bounds[n] = i
-        n += letter[i] ^ before
-        before = letter[i]
-    bounds[n] = len(text)
-    return (n + before) >> 1
+    return (n + (inside != ZERO)) >> 1
 
 
 @njit(cache=True, nogil=True)
@@ -349,30 +353,6 @@ def distinct(ordered: Hashes) -> int:
         ordered[n] = ordered[i]
         n += i + 1 == len(ordered) or ordered[i] != ordered[i + 1]
     return n
-
-
-@njit(cache=True, nogil=True)
-def shares_any(grams: Hashes, table: Hashes) -> bool:
-    """Whether any of the n-grams is in the hash table of `make_table`."""
-    mask = np.uint64(len(table) - 1)
-    for g in grams:
-        slot = g & mask
-        while table[slot] != ZERO:
-            if table[slot] == g:
-                return True
-            slot = (slot + np.uint64(1)) & mask
-    return False
-
-
-@njit(cache=True, nogil=True)
-def fill_table(grams: Hashes, table: Hashes) -> None:
-    """Put n-grams into an open table, whose size is a power of two and at least twice their number."""
-    mask = np.uint64(len(table) - 1)
-    for g in grams:
-        slot = g & mask
-        while table[slot] != ZERO and table[slot] != g:
-            slot = (slot + np.uint64(1)) & mask
-        table[slot] = g
 
 
 @njit(cache=True, nogil=True)

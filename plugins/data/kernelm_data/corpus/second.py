@@ -1,6 +1,7 @@
 """The second steps, of one shard: the documents that stay are tokenized, packed and stored as Parquet, by split."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from kernelm_data.corpus.arrays import bits, lists
 from kernelm_data.corpus.near import SPLITS
 from kernelm_data.corpus.plan import FIRST, KEEP, Plan, load
 from kernelm_data.corpus.store import Documents
-from kernelm_data.corpus.tokenizing import Encoder, Facts, Packer, Sequences
+from kernelm_data.corpus.tokenizing import Encoder, Facts, Ids, Packer, Room, Sequences
 
 SECOND = "second"
 ROWS = 1024  # of a row group: what is read for one document
@@ -51,6 +52,12 @@ def encoder_of(facts: Facts, modified: int) -> Encoder:
     return Encoder(facts)
 
 
+@lru_cache(1)
+def room() -> Room:
+    """Where this process packs ids: those of one batch, which is written before the next one."""
+    return Room()
+
+
 def texts_of(column: pa.Array) -> list[bytes]:
     """The texts of a column, each copied once."""
     offsets = np.frombuffer(column.buffers()[1], np.int64, len(column) + 1, column.offset * 8).tolist()
@@ -68,7 +75,7 @@ class Writer:
         self._packed: pq.ParquetWriter | None = None
         facts, length = plan.tokens, plan.request.pack.length
         self._encoder = encoder_of(facts, Path(facts.path).stat().st_mtime_ns) if facts else None
-        self._packer = Packer(length, plan.separator) if facts and length else None
+        self._packer = Packer(length, plan.separator, room()) if facts and length else None
 
     def _open(self, name: str, schema: pa.Schema) -> pq.ParquetWriter:
         dictionary = [n for n in schema.names if n in DICTIONARY]
@@ -86,9 +93,8 @@ class Writer:
         book.documents[self.split] = book.documents.get(self.split, 0) + batch.num_rows
         if self._encoder is not None:
             if self._packer is not None:
-                each = self._encoder.each(texts_of(texts))
-                sizes = [len(ids) for ids in each]
-                self._pack(self._packer.add(each))
+                sizes = list[int]()
+                self._pack(self._packer.add(_measured(self._encoder.each(texts_of(texts)), sizes)))
             else:
                 offsets, ids, cut = self._encoder.whole(texts_of(texts), self.plan.request.tokenize.max_tokens)
                 book.cut += cut
@@ -124,6 +130,12 @@ class Writer:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 files.append(File(path.name, f"sha256:{digest}", rows, path.stat().st_size))
         return files
+
+
+def _measured(documents: Iterable[Ids], sizes: list[int]) -> Iterator[Ids]:
+    for ids in documents:
+        sizes.append(len(ids))
+        yield ids
 
 
 def second(path: str, number: int) -> int:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from numba import njit
 
 from kernelm_data.corpus import kernels as k
 
@@ -40,14 +41,13 @@ class Sketcher:
         self._room(1 << 16)
 
     def _room(self, size: int) -> None:
-        self._grams, self._letter = np.empty(size + 1, np.uint64), np.empty(size, np.uint8)
-        self._bounds = np.empty(2 * size + 2, np.int64)
+        self._grams, self._bounds = np.empty(size + 1, np.uint64), np.empty(2 * size + 2, np.int64)
 
     def grams(self, text: npt.NDArray[np.uint8], words: int = GRAM) -> k.Hashes:
         """Hashes of the word n-grams, with repetitions; valid until the next call."""
         if len(text) >= len(self._grams):
             self._room(1 << len(text).bit_length())
-        found = k.word_bounds(text, k.ASCII, self._letter, self._bounds)
+        found = k.word_bounds(text, k.ASCII, self._bounds)
         return self._grams[: k.shingles(text, self._bounds, found, words, self._grams)]
 
     def signature(self, grams: k.Hashes, out: npt.NDArray[np.uint32]) -> None:
@@ -75,8 +75,32 @@ def text_hash(text: bytes) -> bytes:
     return xxhash.xxh3_128_digest(text)
 
 
+@njit(cache=True, nogil=True)
+def shares_any(grams: k.Hashes, table: k.Hashes) -> bool:
+    """Whether any of the n-grams is in the hash table of `gram_table`."""
+    mask = np.uint64(len(table) - 1)
+    for g in grams:
+        slot = g & mask
+        while table[slot] != k.ZERO:
+            if table[slot] == g:
+                return True
+            slot = (slot + k.ONE) & mask
+    return False
+
+
+@njit(cache=True, nogil=True)
+def fill_table(grams: k.Hashes, table: k.Hashes) -> None:
+    """Put n-grams into an open table, whose size is a power of two and at least twice their number."""
+    mask = np.uint64(len(table) - 1)
+    for g in grams:
+        slot = g & mask
+        while table[slot] != k.ZERO and table[slot] != g:
+            slot = (slot + k.ONE) & mask
+        table[slot] = g
+
+
 def gram_table(grams: k.Hashes) -> k.Hashes:
-    """A hash table of n-grams for `kernels.shares_any`."""
+    """A hash table of n-grams for `shares_any`."""
     table = np.zeros(1 << max((2 * len(grams)).bit_length(), 4), np.uint64)
-    k.fill_table(grams, table)
+    fill_table(grams, table)
     return table

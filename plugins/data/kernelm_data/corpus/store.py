@@ -44,7 +44,9 @@ class Documents:
 
     def text(self, row: int) -> npt.NDArray[np.uint8]:
         """The text of a document as UTF-8."""
-        return np.frombuffer(self.value(row, "text").as_buffer(), np.uint8)
+        text = np.frombuffer(self.value(row, "text").as_buffer(), np.uint8)
+        text.flags.writeable = False  # as that of any other text: kernels are compiled for one kind
+        return text
 
     def id(self, row: int) -> str:
         return cast(str, self.value(row, "id").as_py())

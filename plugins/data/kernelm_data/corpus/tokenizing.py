@@ -1,6 +1,6 @@
 """Texts to token ids: Hugging Face's `tokenizers`, or Gigatoken where that gives the same ids; packing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,18 +56,21 @@ class Encoder:
 
     def plain(self, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], Ids]:
         """The ids of the texts one after the other without special tokens around them, and where each begins and ends."""
-        found = self.each(texts)
+        found = list(self.each(texts))
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(ids) for ids in found], out=offsets[1:])
         return offsets, np.concatenate(found) if found else np.empty(0, np.int32)
 
-    def each(self, texts: Sequence[bytes]) -> list[Ids]:
-        """The ids of each text without special tokens around them."""
+    def each(self, texts: Sequence[bytes]) -> Iterator[Ids]:
+        """The ids of one text after the other, without special tokens around them."""
         if self._fast is not None:
-            return [self._fast.encode(text).view(np.int32) for text in texts]
+            for text in texts:
+                yield self._fast.encode(text).view(np.int32)
+            return
         assert self._tokenizer is not None
         encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        for encoding in encodings:
+            yield np.array(encoding.ids, np.int32)
 
     def whole(self, texts: Sequence[bytes], most: int) -> tuple[npt.NDArray[np.int64], Ids, int]:
         """The same with special tokens, cut at `most` tokens; and how many were cut."""
@@ -137,8 +140,8 @@ def examine(tokenizer: Tokenizer, path: Path, sample: Sequence[bytes]) -> tuple[
 
 
 class Sequences(NamedTuple):
-    """Packed sequences, end to end: the ids, where each sequence begins in them, the positions within their sequences where
-    documents begin, and where each sequence's positions begin."""
+    """Packed sequences, end to end: the ids, which are overwritten when more documents are packed, where each sequence begins in
+    them, the positions within their sequences where documents begin, and where each sequence's positions begin."""
 
     ids: Ids
     id_offsets: Ids
@@ -146,30 +149,51 @@ class Sequences(NamedTuple):
     start_offsets: Ids
 
 
+class Room:
+    """Memory for ids, used again and again: fresh memory is filled with zeros first by the system, page by page."""
+
+    def __init__(self) -> None:
+        self.ids = np.empty(1 << 16, np.int32)
+
+    def grow(self, size: int) -> Ids:
+        """Room for `size` ids, with what there is."""
+        if size > len(self.ids):
+            before, self.ids = self.ids, np.empty(1 << size.bit_length(), np.int32)
+            self.ids[: len(before)] = before
+        return self.ids
+
+
 class Packer:
     """Documents one after the other in sequences of one length, a separator after each; the last may be shorter."""
 
-    def __init__(self, length: int, separator: int) -> None:
-        self._length, self._separator = length, np.array([separator], np.int32)
-        self._ids = np.empty(0, np.int32)
+    def __init__(self, length: int, separator: int, room: Room | None = None) -> None:
+        self._length, self._separator, self._room = length, separator, room or Room()
+        self._rest = np.empty(0, np.int32)  # the ids of the sequence that is not full yet
         self._starts = np.empty(0, np.int64)
 
-    def add(self, documents: Sequence[Ids]) -> Sequences:
-        """The sequences that are full now."""
-        begins = np.cumsum([len(self._ids), *(len(ids) + 1 for ids in documents)])[:-1]
-        parts = [self._ids]
+    def add(self, documents: Iterable[Ids]) -> Sequences:
+        """The sequences that are full now. Each document is copied before the next one is asked for."""
+        at, begins = len(self._rest), list[int]()
+        room = self._room.grow(at)
+        room[:at] = self._rest
         for ids in documents:
-            parts += (ids, self._separator)
-        self._ids, self._starts = np.concatenate(parts), np.concatenate([self._starts, begins])
-        return self._take(len(self._ids) // self._length)
+            end = at + len(ids)
+            if end >= len(room):
+                room = self._room.grow(end + 1)
+            room[at:end] = ids
+            room[end] = self._separator
+            begins.append(at)
+            at = end + 1
+        self._starts = np.concatenate([self._starts, np.array(begins, np.int64)])
+        return self._take(room[:at], at // self._length)
 
     def rest(self) -> Sequences:
         """What is left at the end: one sequence, or none."""
-        return self._take(-(-len(self._ids) // self._length))
+        return self._take(self._rest, -(-len(self._rest) // self._length))
 
-    def _take(self, count: int) -> Sequences:
-        end = min(count * self._length, len(self._ids))
-        ids, self._ids = self._ids[:end], self._ids[end:]
+    def _take(self, ids: Ids, count: int) -> Sequences:
+        end = min(count * self._length, len(ids))
+        ids, self._rest = ids[:end], ids[end:].copy()
         here = int(np.searchsorted(self._starts, end))
         starts, self._starts = self._starts[:here], self._starts[here:] - end
         bounds = np.minimum(np.arange(count + 1) * self._length, end)
