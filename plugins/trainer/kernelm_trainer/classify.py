@@ -40,6 +40,8 @@ class Objective(nn.Module):
 class Classification(Task):
     """An encoder under a head, and the documents of a corpus."""
 
+    per_token = True, True, False  # a document has one label, or a column a label
+
     def __init__(self, request: TrainRequest, corpus: Corpus, base: Path, teacher: Path | None = None) -> None:
         self.request, self.corpus, self.base, self.notes = request, corpus, base, []
         self.many = request.problem == "multi-label"

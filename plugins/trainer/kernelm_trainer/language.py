@@ -104,6 +104,8 @@ class Language(Task):
 class Causal(Language):
     """A causal language model on a packed corpus, or on chats."""
 
+    per_token = True, True
+
     def __init__(self, request: TrainRequest, folder: Path, base: Path | None, splits: Sequence[str], work: Path,
                  processes: Processes = ALONE, teacher: Path | None = None) -> None:  # fmt: skip
         super().__init__(request, folder, base)
@@ -177,6 +179,8 @@ class Causal(Language):
 
 class Translation(Language):
     """A sequence-to-sequence model on pairs of texts."""
+
+    per_token = True, True, True, True  # of the source, and of the target
 
     def __init__(self, request: TrainRequest, folder: Path, base: Path, splits: Sequence[str]) -> None:
         super().__init__(request, folder, base)

@@ -83,13 +83,12 @@ def _kept(training: "Training") -> tuple[float, float]:
     """(MB that autograd keeps however many rows there are, MB for each of the longest)."""
     lengths = np.asarray(training.task.lengths)
     inputs = training.task.inputs(lengths.argsort()[-1:])
-    several = training.request.problem == "multi-label"  # then the last, a text's labels, has no column a token
-    cut = [t.ndim == 2 and not (several and t is inputs[-1]) for t in inputs]
-    longest = max((t.shape[1] for t, yes in zip(inputs, cut, strict=True) if yes), default=1)
+    cut = list(zip(inputs, training.task.per_token, strict=True))
+    longest = max((t.shape[1] for t, per_token in cut if per_token), default=1)
     step = max(1, min(PROBED, longest // 3))
     training.task.objective.train()
-    one, two, three = (_kept_of(training, [t[:, : ceil(t.shape[1] * k * step / longest)] if yes else t
-                                           for t, yes in zip(inputs, cut, strict=True)]) for k in (1, 2, 3))  # fmt: skip
+    one, two, three = (_kept_of(training, [t[:, : ceil(t.shape[1] * k * step / longest)] if per_token else t
+                                           for t, per_token in cut]) for k in (1, 2, 3))  # fmt: skip
     square = max(0.0, (one - 2 * two + three) / 2)  # of `step` tokens
     linear = max(0.0, two - one - 3 * square)
     times = longest / step

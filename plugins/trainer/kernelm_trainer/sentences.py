@@ -41,6 +41,8 @@ class Objective(nn.Module):
 class Sentences(Task):
     """An encoder whose means over the tokens are near each other where the texts mean the same."""
 
+    per_token = True, True
+
     def __init__(self, request: TrainRequest, folder: Path, base: Path, splits: Sequence[str]) -> None:
         self.request, self.folder, self.base, self.notes = request, folder, base, []
         pretrained.check_base(base)

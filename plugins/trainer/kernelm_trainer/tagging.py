@@ -36,6 +36,8 @@ class Objective(nn.Module):
 class Tagging(Task):
     """A model that gives each word of a text a label."""
 
+    per_token = True, True, True
+
     def __init__(self, request: TrainRequest, folder: Path, base: Path, splits: Sequence[str]) -> None:
         self.request, self.folder, self.base, self.notes = request, folder, base, []
         pretrained.check_base(base)

@@ -22,6 +22,7 @@ class Task(Protocol):
     model: nn.Module  # whose parameters are trained, as far as they require gradients
     objective: nn.Module  # holds the model; `objective(*inputs)` is the loss summed over the rows' units, a float32 scalar
     lengths: Sequence[int]  # tokens of each row of the train split
+    per_token: tuple[bool, ...]  # of each tensor of `inputs`, whether it has a column a token (of a text, or of one of two)
     notes: list[str]  # for the card: what was decided about the data
 
     def inputs(self, rows: Rows) -> tuple[torch.Tensor, ...]:

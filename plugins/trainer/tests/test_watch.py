@@ -1,12 +1,16 @@
 """What is foreseen, what goes wrong on the way, and that nothing is lost by it."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from textdata import LLAMA, write_packed
@@ -147,6 +151,46 @@ def test_the_best_parameters_of_a_snapshot_are_not_copied() -> None:
     taken = checkpoint.take(checkpoint.Position("f"), model, [], best)
     assert taken.tensors["best.weight"].data_ptr() == best["weight"].data_ptr()
     assert taken.tensors["model.weight"].data_ptr() != model.weight.data_ptr()
+
+
+class Columns(torch.nn.Module):
+    """An objective whose second input is a row's as a whole, and as wide as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(5))
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, ids: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(t.shape[1] for t in (ids, whole)))
+        return (ids.float().sum() * self.weight * whole.float()).sum()
+
+
+def test_the_task_says_which_of_its_inputs_may_be_cut() -> None:
+    """As the memory of a row is measured on shorter ones; of a problem with one label a text, too."""
+    model = Columns()
+    task = SimpleNamespace(lengths=[30, 96], objective=model, per_token=(True, False),
+                           inputs=lambda rows: (torch.ones(len(rows), 96), torch.ones(len(rows), 5)))  # fmt: skip
+    training: Any = SimpleNamespace(task=task, model=model, request=REQUEST, bf16=False)
+    once, row = memory._kept(training)
+    assert model.seen == [(32, 5), (64, 5), (96, 5)]
+    assert (once > 0, row >= 0) == (True, True)
+
+
+@pytest.mark.parametrize("structure", ["causal-lm", "encoder", "multi-label"])
+def test_what_a_task_says_of_its_inputs_holds(structure: str, corpus: Path, news: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    if structure == "causal-lm":
+        task: Any = Causal(REQUEST, corpus, None, ("train",), tmp_path / "x")
+    else:
+        request = msgspec.structs.replace(NEWS, problem="multi-label" if structure == "multi-label" else "multi-class")
+        documents = read_corpus(news, True, ("train",))
+        if structure == "multi-label":
+            labels = np.eye(len(documents.labels), dtype=np.int64)[documents.splits["train"].labels]
+            documents.splits["train"] = dataclasses.replace(documents.splits["train"], labels=labels)
+        task = Classification(request, documents, tiny_bert)
+    given = task.inputs(np.arange(3))
+    longest = max(task.lengths[:3])
+    assert [t.ndim == 2 and t.shape[1] == longest for t in given] == list(task.per_token)
 
 
 def test_short_memory_makes_smaller_micro_batches_and_the_same_model(corpus: Path, tmp_path: Path, recorder) -> None:
