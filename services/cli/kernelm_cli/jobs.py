@@ -11,20 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kernelm_cli import faults, run_file
+from kernelm_cli import faults, outlook
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
 from kernelm_cli.timeline import Lane, cut, draw, lanes
 from kernelm_cli.view import MARKS, RunDrawing, duration, metrics, outcome, plain, took
-from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, Outlook, Plan, RunName, RunRecord, RunView
+from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, RunName, RunRecord, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Event, received
 from kernelm_sdk.system import Empty, Kernel, Node, NodeReport, SystemState
 
-UNKNOWN = {"reject": "never"}  # when a job that the scheduler says this of starts
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 app = App(name="jobs", help="The jobs: durable, resumable work.", version_flags=[])
+app.command(outlook.why)
+app.command(outlook.plan)
 
 
 @app.default
@@ -122,51 +123,6 @@ def _print_job(job: JobRecord, console: Console) -> None:
 
 
 @app.command
-def why(id: Annotated[str, Parameter(name="ID")], /, *, output: Output = Output()) -> int:
-    """Say why a job waits and what would start it, as the scheduler sees it now."""
-
-    async def work() -> int:
-        async with connection(output.folder) as bus:
-            outlook: Outlook = await bus.call(Jobs.why, JobName(id))
-        if output.json:
-            print_json(outlook)
-        else:
-            stdout().print(_words(outlook))
-        return 0
-
-    return asyncio.run(work())
-
-
-@app.command
-def plan(file: Annotated[Path, Parameter(name="FILE")], /, *, output: Output = Output()) -> int:
-    """Say when and where the stages of a run file would start if it were submitted now. Nothing is submitted or stored.
-
-    Parameters
-    ----------
-    file
-        The run file, e.g. deploy/runs/news.toml.
-    """
-    spec = run_file.read(file).spec
-
-    async def work() -> int:
-        async with connection(output.folder) as bus:
-            found: Plan = await bus.call(Jobs.plan, spec)
-        if output.json:
-            print_json(found)
-            return 0
-        table = Table()
-        for name in ("stage", "would", "node", "from now", "why", "what would start it"):
-            table.add_column(name, overflow="fold")
-        for stage in found.stages:
-            starts = duration(max(stage.starts - time.time(), 0.0)) if stage.starts else UNKNOWN.get(stage.action, "not known")
-            table.add_row(stage.name, stage.action, stage.node, starts, Text(stage.reason), Text(stage.remedy))
-        stdout().print(table)
-        return 0
-
-    return asyncio.run(work())
-
-
-@app.command
 def timeline(*, out: Path = Path("timeline.png"), last: str = "1h", output: Output = Output()) -> int:
     """Draw the schedule over time: the cores that tenants and models held, and a line for each job, waiting and running.
 
@@ -206,21 +162,6 @@ def _seconds(text: str) -> float:
     if unit not in UNITS_S or not number.replace(".", "", 1).isdigit():
         raise ClientFault("invalid", f"--last {text!r} is no duration", "e.g. 90s, 15m, 2h, 1d")
     return float(number) * UNITS_S[unit]
-
-
-def _words(outlook: Outlook) -> Text:
-    """An outlook on one job, in lines."""
-    lines = [f"job {outlook.job} ({outlook.name}) is {outlook.state}" + (f" on {outlook.node}" if outlook.node else "")]
-    if outlook.reason:
-        lines.append(outlook.reason)
-    if outlook.action == "wait":
-        lines.append(f"jobs that wait and come before it: {outlook.ahead}")
-        lines.append(f"what would start it: {outlook.remedy or 'not known'}")
-        in_s = f"in {duration(max(outlook.starts - time.time(), 0.0))}, by the estimates that there are"
-        lines.append(f"when: {in_s if outlook.starts else 'not known, by the estimates that there are'}")
-    elif outlook.action:
-        lines.append(f"the scheduler says now: {outlook.action}" + (f" it on {outlook.node}" if outlook.node else ""))
-    return Text("\n".join(lines))
 
 
 @app.command

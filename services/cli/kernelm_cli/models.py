@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -16,6 +17,8 @@ from kernelm_contracts.trainer import ModelCard, Trainer
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, from_body
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Empty, Kernel, Route, SystemState
+
+WAITS = "waits: "  # so begins the reason of a deployment whose replicas have no place
 
 app = App(name=("model", "models"), help="The deployments: models that answer under a name.", version_flags=[])
 
@@ -34,12 +37,12 @@ def _ready(state: SystemState, route: Route) -> int:
 def list_(*, output: Output = Output()) -> int:
     """List the deployments."""
 
-    async def work() -> SystemState:
+    async def work() -> tuple[SystemState, dict[str, tuple[Deployment, int]]]:
         async with connection(output.folder) as bus:
             state: SystemState = await bus.call(Kernel.state, Empty(), patience_s=5.0)
-            return state
+            return state, await bus.bucket("deployments", Deployment).all("model")
 
-    state = asyncio.run(work())
+    state, records = asyncio.run(work())
     routes = _deployments(state)
     if output.json:
         print_json(routes)
@@ -50,9 +53,15 @@ def list_(*, output: Output = Output()) -> int:
     for route in routes:
         ready = _ready(state, route)
         table.add_row(route.name, str(route.generation), short(route.artifact), Text(str(ready), "green" if ready else "red"),
-                      ", ".join(f"{d.pool} {d.weight} %" for d in route.to), route.why)  # fmt: skip
+                      ", ".join(f"{d.pool} {d.weight} %" for d in route.to), why_of(route, records))  # fmt: skip
     stdout().print(table if routes else 'no deployments; a stage that uses "deploy" makes one')
     return 0
+
+
+def why_of(route: Route, records: Mapping[str, tuple[Deployment, int]]) -> str:
+    """Why calls go where they go; of a deployment that has lost its node, what it waits for. `records`: key in KV -> record."""
+    deployment, _ = records.get(f"model.{route.name}", (None, 0))
+    return deployment.why if deployment is not None and deployment.why.startswith(WAITS) else route.why
 
 
 @app.command
@@ -85,7 +94,8 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
     rows.add_column(overflow="fold")
     facts = {"model": f"{route.name}, generation {route.generation}",
              "goes to": ", ".join(f"{d.pool} {d.weight} %" for d in route.to),
-             "ready": f"{_ready(state, route)} instances", "artifact": artifact.digest,
+             "ready": f"{_ready(state, route)} instances" + (f" on {deployment.node}" if deployment and deployment.node else ""),
+             "why": deployment.why if deployment and deployment.why.startswith(WAITS) else "", "artifact": artifact.digest,
              "size": f"{megabytes(artifact.files):.1f} MB in {len(artifact.files)} files",
              "from": ", ".join(f"{k} {v}" for k, v in artifact.lineage.items()),
              "before": ", ".join(f"{short(p.artifact)} (generation {p.generation})" for p in history)}  # fmt: skip

@@ -16,6 +16,7 @@ from kernelm_cli import references, sources
 from kernelm_contracts.jobs import DEPLOY, Deployed, DeployRequest, RunSpec, StageSpec
 from kernelm_sdk.contract import Method, find_contract
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import Resources
 
 ANY_PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
@@ -148,7 +149,9 @@ def _names(struct: type[msgspec.Struct]) -> list[str]:
 
 
 def _fields_at(field: str) -> list[str]:
-    return _names(StageSpec) if field.startswith("stage[") else _names(RunSpec)
+    if not field.startswith("stage["):
+        return _names(RunSpec)
+    return _names(Resources) if field.partition(".")[2].startswith("resources") else _names(StageSpec)
 
 
 def _suggest(what: str, known: list[str]) -> str:

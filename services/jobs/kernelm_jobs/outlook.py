@@ -29,7 +29,8 @@ class Outlooks:
             outlook = _outlook(name, job.spec.name, job.state, await self._decided(()))
             return structs.replace(outlook, job=job.id, reason=job.why)
         if job.state != "queued":
-            return Outlook(job.id, job.spec.name, job.state, node=job.node, reason=job.why)
+            remedy = job.fault.remedy if job.fault and job.state == "dead" else ""
+            return Outlook(job.id, job.spec.name, job.state, node=job.node, reason=job.why, remedy=remedy)
         decisions = await self._decided(())
         return _outlook(job.id, job.spec.name, "queued", decisions)
 

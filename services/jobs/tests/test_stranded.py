@@ -2,12 +2,18 @@
 its own name, or waits and says for what. Nodes are tasks of this process; as processes: tests/integration/test_node_lost.py."""
 
 import asyncio
+import os
+import subprocess
+import sys
+import time
 from typing import Any
 
+import psutil
 import pytest
 
 from kernelm.testing.harness import until
 from kernelm.testing.node import InlineNode
+from kernelm_cli.home import UpFile, write_up
 from kernelm_contracts.jobs import Deployment, JobName, JobRecord, Jobs, JobSpec, Outlook, RunName
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_contracts.shadows import Shadow, ShadowRequest
@@ -58,6 +64,17 @@ async def ask(kit: Kit, model: str = "news", patience_s: float = 0.0) -> Classif
 
 async def waiting(kit: Kit, job: str) -> JobRecord:
     return await kit.job(job, lambda j: j.why.startswith("waits: "), 60.0)  # type: ignore[no-any-return]
+
+
+async def kernelm(kit: Kit, *arguments: str) -> str:
+    """What the command prints, in one line."""
+    me = psutil.Process()
+    write_up(kit.system.home, UpFile(me.pid, me.create_time(), kit.system.broker.url, "", "", time.time()))
+    command = (sys.executable, "-m", "kernelm_cli", *arguments, "--home", str(kit.system.home))
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, env=os.environ | {"COLUMNS": "300"})
+    text, _ = await process.communicate()
+    assert process.returncode == 0
+    return " ".join(text.decode().split())
 
 
 async def where(kit: Kit, pool: str) -> list[str]:
@@ -126,6 +143,10 @@ async def test_it_waits_holds_nothing_and_says_for_what_until_there_is_room_or_i
     assert (fault.retriable, fault.http_status) == (True, 503)
     await kit.restart_jobs()
     assert (await waiting(kit, job.id)).why == waits.why
+    assert waits.why in await kernelm(kit, "model", "list")
+    told = await kernelm(kit, "jobs", "why", job.id)
+    assert "state running, without a place for what it serves why needs 0.5 cores, node local has 0.25 in all; node other" in told
+    assert "what would start it a larger node, or a larger quota" in told
 
     await second(kit)  # its node is back: it goes on there
     assert (await ask(kit, patience_s=30.0)).generation == 1
