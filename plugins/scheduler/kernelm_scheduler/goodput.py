@@ -2,10 +2,12 @@
 
 For jobs whose speed grows with a power of their devices, the average completion time is least when each job's speed counts the
 more the smaller it is among those that are there (heSRPT: Berg, Vesilo, Harchol-Balter, Performance Evaluation 142, 2020). A job is
-worth, in one configuration, its speed relative to one device, divided by the root of its remaining work; the sum is maximized over
-all types by an integer program as Sia's (SOSP 2023, section 3.4). A change costs the restart over the time that the configuration
-is likely to last, and must bring `keep` more than that. Who runs, or has just been started, keeps its fewest members at least: the
-plan only hands out what the queue's order leaves over. Who finds no room waits for what pays, `patience_s` at most.
+worth, in one configuration, its speed relative to that with an even share of the devices, times heSRPT's weight of its rank by the
+time that is left at that speed; the sum is maximized over all types by an integer program as Sia's (SOSP 2023, section 3.4).
+A change costs the restart over the time that the configuration is likely to last, and must bring `keep` more than that: `lasts_s`,
+or as long again as the present one has lasted. So a busy cluster moves nobody twice in a row, and a calm one moves for little.
+Who runs, or has just been started, keeps its fewest members at least: the plan only hands out what the queue's order leaves over.
+Who finds no room waits for what pays, `patience_s` at most.
 """
 
 from collections.abc import Iterable
@@ -87,20 +89,36 @@ class Planning:
         return sorted(found.items())
 
     def _choices(self) -> list[Choice]:
-        options = {id: self._configurations(h.job, _present(h)) for id, h in self.known.items()}
-        units = {id: _unit(found) for id, found in options.items() if found}
-        left = {id: _left_s(self.known[id].job, one) for id, one in units.items()}
+        options = {id: found for id, h in self.known.items() if (found := self._configurations(h.job, _present(h)))}
+        fair = self._fair(options)
+        left = {id: _left_s(self.known[id].job, *fair[id]) for id in options}
+        weights = weights_of({id: (left[id], self.known[id].job.submitted) for id in options}, self.rules.small_first)
         choices = []
-        for id, one in units.items():
-            job, now, weight = self.known[id].job, _present(self.known[id]), max(left[id], 1.0) ** -self.rules.small_first
+        for id, found in options.items():
+            job, now, (speed, _) = self.known[id].job, _present(self.known[id]), fair[id]
             fresh = isinstance(job, PendingJob)  # it starts anyway: what it was to start with is worth no more than another
-            for target, rate in options[id]:
-                lasts = max(min(left[id] * one / rate + job.restart_s, self.rules.lasts_s), 1.0)
+            lasts_s = self.rules.lasts_s if isinstance(job, PendingJob) else max(self.rules.lasts_s, self.index.now - job.started)
+            keep = self.rules.keep * self.rules.lasts_s / lasts_s
+            for target, rate in found:
+                lasts = max(min(left[id] * speed / rate + job.restart_s, lasts_s), 1.0)
                 cost = min(job.restart_s / lasts, 1.0)  # a start takes as long as a restart
-                factor = 1.0 - cost if fresh or target != now else 1.0 + self.rules.keep + cost
+                factor = 1.0 - cost if fresh or target != now else 1.0 + keep + cost
                 if factor > 0 or fresh:
-                    choices.append(Choice(id, target, weight * rate / one * max(factor, 0.0)))
+                    choices.append(Choice(id, target, weights[id] * rate / speed * max(factor, 0.0)))
         return choices
+
+    def _fair(self, options: dict[str, list[tuple[Target, float]]]) -> dict[str, tuple[float, float]]:
+        """(speed, devices) of each job with an even share of the devices that it can use: the mean over the types."""
+        devices = {type: self._left(type) for type in {target[0] for found in options.values() for target, _ in found}}
+        fair = {}
+        for id, found in options.items():
+            gpus, speeds = self.known[id].job.request.gpus, dict[str, float]()
+            share = max(sum(devices[type] for type in {target[0] for target, _ in found}) / len(options), 1.0)
+            for (type, members), rate in found:  # by members, the fewest first
+                if type not in speeds or members * gpus <= share:
+                    speeds[type] = rate
+            fair[id] = sum(speeds.values()) / len(speeds), share
+        return fair
 
     def _solved(self, choices: list[Choice]) -> dict[str, Target]:
         types = sorted({c.target[0] for c in choices})
@@ -265,14 +283,14 @@ def _present(holding: Holding) -> Target | None:
     return (holding.shares[0].type, size(holding.shares)) if holding.shares else None
 
 
-def _unit(found: list[tuple[Target, float]]) -> float:
-    """Speed on one device: the mean over the types, each at its fewest members."""
-    smallest: dict[str, float] = {}
-    for (type, members), rate in found:
-        smallest.setdefault(type, rate / members)
-    return sum(smallest.values()) / len(smallest)
+def _left_s(job: Job, speed: float, devices: float) -> float:
+    """Seconds that are left at `speed`, or on so many devices for a job that does not tell what is left."""
+    return job.remaining / speed if job.remaining > 0 else job.estimate_s or max(job.served_s / devices, UNKNOWN_S)
 
 
-def _left_s(job: Job, one: float) -> float:
-    """Seconds that are left on one device."""
-    return job.remaining / one if job.remaining > 0 else job.estimate_s or max(job.served_s, UNKNOWN_S)
+def weights_of(left: dict[str, tuple[float, float]], power: float) -> dict[str, float]:
+    """(seconds that are left, submission) of each job -> what its speed is worth: with k jobs left of which none is smaller,
+    (k^a - (k - 1)^a)^(1 / a), a = 1 / (1 - power), as the least sum of the completion times falls with its work (heSRPT)."""
+    a = 1.0 / (1.0 - power)
+    order = sorted(left, key=lambda id: (-left[id][0], -left[id][1], id))
+    return {id: k * (1.0 - (1.0 - 1.0 / k) ** a) ** (1.0 / a) for k, id in enumerate(order, 1)}

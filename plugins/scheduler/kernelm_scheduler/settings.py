@@ -29,9 +29,9 @@ class Elastic(Struct, frozen=True, forbid_unknown_fields=True):
     rest_s: float = 60.0  # no change of an allocation that is younger
     efficiency: float = 0.3  # a further member must add so much of what the first ones add each
     planned: int = 256  # up to so many elastic jobs are sized together (goodput.py); 0 for none
-    small_first: float = 0.5  # there, how much more small jobs count: the power of what is left; 0 for goodput alone
-    keep: float = 0.2  # there, what a job has is worth so much more than a change
-    lasts_s: float = 1200.0  # there, so long a configuration is reckoned to last
+    small_first: float = 0.7  # there, how much more small jobs count: the power of its devices that speed grows with; 0: not at all
+    keep: float = 0.2  # there, what a job has is worth so much more than a change; less if it has had it for longer than lasts_s
+    lasts_s: float = 600.0  # there, so long a configuration is reckoned to last; one that has lasted longer, as long again
     patience_s: float = 600.0  # there, after so long a wait the first of the queue are not passed over for goodput
 
 
@@ -70,7 +70,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("stretch, stretch_s, urgency_s and rest_s must not be negative")
         if min(self.elastic.planned, self.elastic.small_first, self.elastic.keep, self.elastic.patience_s) < 0:
             raise ValueError("elastic: planned, small_first, keep and patience_s must not be negative")
-        if self.elastic.lasts_s <= 0:
-            raise ValueError("elastic: lasts_s must be above 0")
+        if self.elastic.lasts_s <= 0 or self.elastic.small_first >= 1:
+            raise ValueError("elastic: lasts_s must be above 0, small_first below 1")
         if not 0 < self.serving.late < 1 or self.serving.spare < 1 or self.serving.drain_s <= 0 or self.serving.variation < 0:
             raise ValueError("serving: late lies between 0 and 1, spare is at least 1, drain_s above 0, variation not below")

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from kernelm_contracts.scheduler import ClusterState, Devices, NodeState, PendingJob, PlacedJob, Point, Share, Speed, Tenant
 from kernelm_jobs.checks import check
 from kernelm_scheduler.amounts import allocation_of, size
+from kernelm_scheduler.goodput import weights_of
 from kernelm_scheduler.policy import decide
 from kernelm_scheduler.settings import Elastic, Settings
 from kernelm_sdk.system import Resources
@@ -92,3 +93,31 @@ def test_a_change_that_costs_more_than_it_brings_is_not_made() -> None:
     assert decide(cluster(held, ()), Settings()).decisions == ()
     assert [d.action for d in decide(cluster((running("r", "fast0", 4, 1e6),), ()), Settings()).decisions] == ["resize"]
     assert decide(cluster((running("r", "fast0", 4, 1e6),), ()), Settings(elastic=Elastic(keep=9.0))).decisions == ()
+
+
+def test_a_configuration_that_has_lasted_long_is_reckoned_to_last_as_long_again() -> None:
+    rules = Settings(elastic=Elastic(lasts_s=600.0))
+    young = replace(running("r", "slow0", 4, 1e6), started=900.0, restart_s=400.0)
+    assert decide(cluster((young,), ()), rules).decisions == ()
+    old = replace(young, started=100.0)
+    assert [d.action for d in decide(cluster((old,), ()), rules).decisions] == ["resize"]
+
+
+@given(st.floats(1.0, 1e5), st.floats(1.0, 1e5), st.sampled_from((0.3, 0.5, 0.8)))
+def test_the_weights_are_what_the_least_sum_of_completion_times_falls_by(a: float, b: float, power: float) -> None:
+    """Two jobs on one machine, which run at the power of their parts of it: by search, and by the weights."""
+    large, small = max(a, b), min(a, b)
+    weights = weights_of({"large": (large, 0.0), "small": (small, 0.0)}, power)
+
+    def both(part: float) -> float:
+        first = small / part**power
+        return 2 * first + large - (1 - part) ** power * first
+
+    searched = min(both(0.5 + n / 20000) for n in range(10001))
+    assert abs(weights["large"] * large + weights["small"] * small - searched) < 1e-3 * searched
+
+
+def test_without_a_power_goodput_alone_counts_and_of_equal_jobs_the_first_one_comes_first() -> None:
+    assert weights_of({"a": (5.0, 0.0), "b": (7.0, 0.0)}, 0.0) == {"a": 1.0, "b": 1.0}
+    weights = weights_of({"late": (5.0, 2.0), "early": (5.0, 1.0)}, 0.7)
+    assert weights["early"] > weights["late"]
