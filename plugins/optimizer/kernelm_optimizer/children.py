@@ -67,12 +67,14 @@ class Children:
         return (await self._call(Jobs.find, JobQuery(limit=len(known), known=dict(known), wait_s=wait_s))).jobs
 
     async def ended(self, jobs: Mapping[str, str], seen: Seen, deadline: float = math.inf,
-                    begin_by: float = math.inf) -> dict[str, JobRecord]:  # fmt: skip
+                    begin_by: float = math.inf, wait_s: float = 0.0) -> dict[str, JobRecord]:  # fmt: skip
         """Wait until all `jobs` (key -> id) have ended, and return their records.
 
         `seen` gets the records after every look. Those not at their end at `deadline` (of `time.monotonic`), and those that
-        wait in the queue at `begin_by`, are given up; their record is then whatever the job table made of that.
+        wait in the queue at `begin_by` or later and have done so for `wait_s`, also when they are there again, are given up;
+        their record is then whatever the job table made of that.
         """
+        queued: dict[str, float] = {}  # since when
         records: dict[str, JobRecord] = {}
         pause = FIRST_PAUSE_S
         while True:
@@ -82,7 +84,8 @@ class Children:
             unfinished = [key for key, record in records.items() if record.state not in ENDED]
             if not unfinished:
                 return records
-            limits = {key: min(deadline, begin_by if records[key].state == "queued" else math.inf) for key in unfinished}
+            queued = {key: queued.get(key, time.monotonic()) for key in unfinished if records[key].state == "queued"}
+            limits = {key: min(deadline, max(begin_by, queued[key] + wait_s) if key in queued else math.inf) for key in unfinished}
             if late := [key for key, limit in limits.items() if limit <= time.monotonic()]:
                 records |= {key: await self.give_up(jobs[key]) for key in late}
                 continue

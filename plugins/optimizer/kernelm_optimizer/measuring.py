@@ -1,6 +1,5 @@
 """Measurements by the server that will serve: jobs `server/1.measure`, which may wait for their cores for so long and no longer."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -46,8 +45,8 @@ class Measuring:
             record = records[phase]
             note(record.progress.fraction, record.progress.message or record.why)
 
-        begin_by = max(self.deadline, time.monotonic() + self.settings.wait_s)
-        record = (await self.children.ended({phase: job}, seen, begin_by=begin_by))[phase]
+        ended = await self.children.ended({phase: job}, seen, begin_by=self.deadline, wait_s=self.settings.wait_s)
+        record = ended[phase]
         if record.state == "cancelled" and job in self.children.waited:
             raise Unmeasured(self.children.waited[job])
         result = result_of(record, Measured)

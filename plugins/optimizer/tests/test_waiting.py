@@ -70,7 +70,7 @@ async def test_trials_that_were_measured_stand_though_they_can_not_be_compared(w
 
 async def test_trainings_that_can_not_begin_are_given_up_with_their_reason(world, monkeypatch):
     clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
-    for module in ("plugin", "children", "trials", "measuring"):
+    for module in ("plugin", "children", "trials"):
         monkeypatch.setattr(f"kernelm_optimizer.{module}.time", clock)
     monkeypatch.setattr("kernelm_optimizer.trials.WAIT_S", 0.1)
     world.waits = lambda spec: True
@@ -115,6 +115,20 @@ async def test_a_measurement_that_is_under_way_is_let_whatever_the_time(world):
     records = await children.ended({"a": "j0", "b": "j1"}, look, begin_by=0.0)
     assert {key: record.state for key, record in records.items()} == {"a": "done", "b": "cancelled"}
     assert list(children.waited) == ["j1"]
+
+
+async def test_a_measurement_that_lost_its_instance_may_wait_again(world):
+    """Long after the budget was spent it is in the queue once more, for a moment."""
+    children = Children(world.job(), 0.01, 5.0)
+    running = JobRecord("j0", JobSpec("measuring", "server/1.measure", {}), "key", "running", started=1.0)
+    states = iter(["running", "queued", "queued", "queued", "running", "done"])
+
+    async def look(records: Any) -> None:
+        world.jobs["j0"] = msgspec.structs.replace(running, state=next(states, "done"))
+
+    world.jobs["j0"] = running
+    assert (await children.ended({"a": "j0"}, look, begin_by=0.0, wait_s=60.0))["a"].state == "done"
+    assert not children.waited
 
 
 async def test_a_compression_that_can_not_be_measured_names_the_model_that_it_made(world):
