@@ -75,6 +75,8 @@ def waits(job: PendingJob, ask: Ask, index: Index, room: Room) -> tuple[str, str
 
 def misses(probe: PendingJob, ask: Ask, index: Index, ledger: Ledger, room: Room) -> tuple[str, str]:
     """As `waits`, of a served model's replica: where no node could ever hold it, another one may come."""
+    if index.nodes and not any(p in room.slots and (room.slots[p] >= 0).any() for p in ask.plugins):
+        return f"waits: no node that is there has the plugin that serves {probe.name}", "a node with that plugin"
     if never := impossible(ask, index, ledger):
         return f"waits: {never.removeprefix('can never run: ')}", "a larger node, or a larger quota"
     return waits(probe, ask, index, room)

@@ -156,6 +156,8 @@ def test_a_model_that_finds_no_room_says_for_what_it_waits() -> None:
     assert (decision.reason, decision.remedy) == ("waits: needs 1 core, node a has 0.5 in all", "a larger node, or a larger quota")
     [decision] = decide(replace(state, quotas={"default": Resources(0.0, 999)}), Settings()).decisions
     assert decision.reason == "waits: needs 1 core, the quota of tenant default has 0 left"
+    [decision] = decide(replace(state, nodes=(replace(full, plugins={"other": 1}),)), Settings()).decisions
+    assert decision.reason == "waits: no node that is there has the plugin that serves news"
     has_one = replace(PAIR, replicas=1, allocation=(Share("a"),))
     assert [d.action for d in decide(replace(state, models=(has_one,)), Settings()).decisions] == ["wait"]
     assert decide(replace(state, models=(replace(has_one, minimum=1),)), Settings()).decisions == ()

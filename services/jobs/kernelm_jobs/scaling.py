@@ -220,23 +220,29 @@ class Scaling:
         return stranded(deployment, home(deployment, job), system) if job is not None else ""
 
     def _settled(self, deployment: Deployment, system: SystemState) -> bool:
-        """Whether pool and route are as the record says."""
-        spec = _pool(deployment, system)
+        """Whether pool and route are as the record says, and the record of its job tells how it is."""
+        spec, lost = _pool(deployment, system), self._lost(deployment, system)
         if spec is None or spec.parked:
             return True
         placed = not deployment.replicas or spec.node == (deployment.node or spec.node)
+        waits = deployment.why.startswith(WAITS) and not lost  # no more
         if _swapped(deployment.name, system):
-            return placed  # a swap is about number and route: when that is over, the next look tells
-        away = deployment.replicas == 0 or self._lost(deployment, system)
-        at = self._bus.user if away else deployment.pool
-        return placed and spec.instances == deployment.replicas and _route(deployment.name, system) in ("", at)
+            return placed and not waits  # a swap is about number and route: when that is over, the next look tells
+        at = self._bus.user if deployment.replicas == 0 or lost else deployment.pool
+        there = placed and spec.instances == deployment.replicas and _route(deployment.name, system) in ("", at)
+        return there and not waits and (bool(lost) or self._told(deployment))
+
+    def _told(self, deployment: Deployment) -> bool:
+        job = self._table.jobs.get(deployment.job)
+        return job is None or job.state != "running" or job.why == answers(deployment.name, deployment.generation)
 
     async def _settle(self, name: str) -> None:
         """Make pool and route what the record says. While a replacement of the model is under way only the place, for that may
         take long, as a canary that is watched; all else when it is over."""
         deployment, system = self._table.deployments.get(name), await self._cluster.system(PATIENCE_S)
         if deployment is not None and _swapped(name, system):
-            await self._move(deployment, system)
+            if not await self._move(deployment, system) and not self._settled(deployment, system):
+                await self._tell(deployment)
             return
         async with self._deployer.alone(name):
             deployment, system = self._table.deployments.get(name), await self._cluster.system(PATIENCE_S)
@@ -245,21 +251,23 @@ class Scaling:
             spec = _pool(deployment, system)
             if spec is None or self._settled(deployment, system):
                 return
-            begun = time.monotonic()
+            begun, to = time.monotonic(), _route(name, system)
             if deployment.replicas == 0:
-                await self._point(deployment, self._bus.user, "no calls: the next one starts an instance")
+                if to != self._bus.user:
+                    await self._point(deployment, self._bus.user, "no calls: the next one starts an instance")
                 await self._scale_pool(spec, 0)
-                return
-            if lost := self._lost(deployment, system):
+            elif lost := self._lost(deployment, system):
                 await self._point(deployment, self._bus.user, lost)
                 self._scaled(deployment, 0, deployment.replicas, lost)
                 return
-            if not await self._move(deployment, system) and spec.instances != deployment.replicas:
-                await self._scale_pool(spec, deployment.replicas)
-            if _route(name, system) != deployment.pool:
-                await self._ready(deployment)
-                self._start_s[name] = round(time.monotonic() - begun, 1)
-                await self._return(deployment, spec)
+            else:
+                if not await self._move(deployment, system) and spec.instances != deployment.replicas:
+                    await self._scale_pool(spec, deployment.replicas)
+                if to != deployment.pool:
+                    await self._ready(deployment)
+                    self._start_s[name] = round(time.monotonic() - begun, 1)
+                    await self._point(deployment, deployment.pool, self._since(deployment))
+            await self._tell(deployment)
 
     async def _scale_pool(self, spec: PoolSpec, instances: int) -> None:
         await self._bus.call(Kernel.scale, ScaleRequest(spec.pool, instances), timeout_s=10.0, patience_s=PATIENCE_S)
@@ -276,17 +284,22 @@ class Scaling:
             await self._bus.call(Kernel.stop_pool, PoolName(spec.pool), timeout_s=10.0, patience_s=PATIENCE_S)
         elif _route(deployment.name, system) != self._bus.user:  # else it is ready before it gets calls again
             await self._ready(deployment)
-            await self._say(deployment, answers(deployment.name, deployment.generation))
+            await self._tell(deployment)
         return True
 
-    async def _return(self, deployment: Deployment, spec: PoolSpec) -> None:
-        """Its calls go to its pool again."""
-        why = deployment.why
-        if why.startswith(WAITS):  # its node came back before another one had room
-            why = f"node {deployment.node or spec.node} is there again"
-            deployment = (await self._table.deployments.update(deployment.name, lambda now: structs.replace(now, why=why)))[1]
+    def _since(self, deployment: Deployment) -> str:
+        """Why it is as it is, now that it does not wait."""
+        if not deployment.why.startswith(WAITS):
+            return deployment.why
+        node = home(deployment, self._table.jobs.need(deployment.job))
+        return f"node {node} is there again"  # before another one had room
+
+    async def _tell(self, deployment: Deployment) -> None:
+        """Put on record that it answers, or would if it were called."""
+        if (why := self._since(deployment)) != deployment.why:
+            await self._table.deployments.update(deployment.name, lambda now: structs.replace(now, why=why)
+                                                 if now.why == deployment.why else now)  # fmt: skip
             self._scaled(deployment, deployment.replicas, 0, why)
-        await self._point(deployment, deployment.pool, why)
         await self._say(deployment, answers(deployment.name, deployment.generation))
 
     async def _ready(self, deployment: Deployment) -> None:

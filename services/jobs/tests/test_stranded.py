@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -51,7 +52,7 @@ async def deployed(kit: Kit, **more: Any) -> JobRecord:
     return view.jobs[0]  # type: ignore[no-any-return]
 
 
-async def record(kit: Kit, name: str = "news") -> Deployment:
+async def record_of(kit: Kit, name: str = "news") -> Deployment:
     found, _ = await kit.bus.bucket("deployments", Deployment).get(f"model.{name}")
     assert found is not None
     return found
@@ -102,13 +103,13 @@ async def test_it_goes_on_elsewhere_with_its_shadow_and_the_node_that_comes_back
 
     after = await kit.job(job.id, moved, 60.0)
     assert (after.state, after.epoch, after.result) == ("running", job.epoch, job.result)
-    deployment = await record(kit)
+    deployment = await record_of(kit)
     assert (deployment.node, deployment.replicas, deployment.generation, deployment.pool) == ("local", 2, 1, pool)
     assert deployment.why.startswith("node other is lost: no sign of life for 5 s; at least 2 replicas")
     reply = await ask(kit)
     assert (reply.generation, reply.artifact) == (1, kit.digest("m1"))
     assert (await ask(kit, "next", 20.0)).results[0][0].label == "dull"
-    assert (await record(kit, "next")).node == "local"
+    assert (await record_of(kit, "next")).node == "local"
     kept: Shadow = await kit.bus.call(Jobs.shadow, ShadowRequest("news", "next", 50))
     assert kept.since == shadow.since, "it is a shadow as before"
 
@@ -129,7 +130,7 @@ async def test_it_waits_holds_nothing_and_says_for_what_until_there_is_room_or_i
     await die(kit, other)
     waits = await waiting(kit, job.id)
     assert waits.why == "waits: needs 0.5 cores, node local has 0.25 in all; node other is lost: no sign of life for 5 s"
-    assert (waits.state, (await record(kit)).why) == ("running", waits.why)
+    assert (waits.state, (await record_of(kit)).why) == ("running", waits.why)
     outlook: Outlook = await kit.bus.call(Jobs.why, JobName(job.id))
     assert (outlook.action, outlook.reason, outlook.remedy) == ("wait", waits.why, "a larger node, or a larger quota")
 
@@ -151,7 +152,24 @@ async def test_it_waits_holds_nothing_and_says_for_what_until_there_is_room_or_i
     await second(kit)  # its node is back: it goes on there
     assert (await ask(kit, patience_s=30.0)).generation == 1
     again = await kit.job(job.id, lambda j: j.why == "answers as news, generation 1")
-    assert (again.node, (await record(kit)).why) == ("other", "node other is there again")
+    assert (again.node, (await record_of(kit)).why) == ("other", "node other is there again")
+
+
+async def test_what_a_killed_service_had_not_said_yet_is_said_by_the_next_one(kit: Kit) -> None:
+    await kit.pools("scheduler")
+    job = await deployed(kit)
+    kit.system.processes["jobs"].kill()
+    await asyncio.to_thread(kit.system.processes["jobs"].wait)
+    bus = await kit.system.connect("jobs")  # whose records these are
+    for bucket, key, record, why in (("deployments", "model.news", Deployment, "waits: no node; node local is lost"),
+                                     ("jobs", f"job.{job.id}", JobRecord, "moves to node local")):  # fmt: skip
+        records = bus.bucket(bucket, record)
+        now, revision = await records.get(key)
+        await records.put(key, msgspec.structs.replace(now, why=why), revision)
+    await kit.system.service("jobs")
+    await kit.job(job.id, lambda j: j.why == "answers as news, generation 1")
+    assert (await record_of(kit)).why == "node local is there again"
+    assert (await ask(kit)).generation == 1
 
 
 async def held(kit: Kit, kind: str) -> float:
