@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from kernelm_contracts.data import Input, Limits, PrepareRequest, Split, Store, Train
+from kernelm_data.corpus import remote
 from kernelm_data.corpus.formats import records
 from kernelm_data.corpus.inputs import pieces
 from kernelm_data.corpus.pipeline import Sources, prepare
@@ -137,6 +138,40 @@ def test_a_file_elsewhere_that_is_another_one_when_its_connection_is_back():
         file._file = Gone()
         with pytest.raises(PluginFault, match=r"kernelm-changed/in\.jsonl"):
             file.read(100)
+    finally:
+        memory.rm("/kernelm-changed", recursive=True)
+
+
+@pytest.mark.parametrize(("name", "pack"), [("in.jsonl", bytes), ("in.jsonl.gz", gzip.compress)])
+def test_a_file_elsewhere_that_changes_while_its_connection_holds(monkeypatch, name, pack):
+    monkeypatch.setattr(remote, "BLOCK", 1_000)  # not all of it is one answer
+    memory, url = fsspec.filesystem("memory"), f"memory://kernelm-changed/{name}"
+    limits, given = Limits(), Input(url=url)
+    try:
+        for after in (None, lines("Bonn")):
+            memory.pipe(f"/kernelm-changed/{name}", pack(lines("Oslo")))
+            (piece,) = pieces((given,), (None,), Store())
+            assert len(list(records(piece, given, limits))) == 300  # it stays what it is
+            found = records(piece, given, limits)
+            assert "Oslo" in str(next(found).data)
+            if after:
+                memory.pipe(f"/kernelm-changed/{name}", pack(after))
+            else:
+                memory.rm(f"/kernelm-changed/{name}")
+            with pytest.raises(PluginFault, match="kernelm-changed") as caught:
+                list(found)
+            assert caught.value.code == "input_changed"
+    finally:
+        memory.rm("/kernelm-changed", recursive=True)
+
+
+def test_a_small_file_elsewhere_is_asked_for_once():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/kernelm-changed/in.jsonl", lines("Oslo"))
+    try:
+        file = Remote("memory://kernelm-changed/in.jsonl")
+        file._ask = None  # it would be called
+        file.check_unchanged()
     finally:
         memory.rm("/kernelm-changed", recursive=True)
 

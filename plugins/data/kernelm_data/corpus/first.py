@@ -220,6 +220,8 @@ class Shard:
 
     def _filter(self, record: Record, text: bytes) -> tuple[bytes, str] | None:
         language = ""
+        if not self.steps.filters:
+            return text, language
         measured = self.steps.measured
         measured.take(np.frombuffer(text, np.uint8))
         for name, rule, codes, confidence in self.steps.filters:

@@ -178,6 +178,18 @@ class Remote(io.RawIOBase):
         entry: dict[str, Any] = fs.info(path)
         return entry
 
+    def check_unchanged(self) -> None:
+        """PluginFault `input_changed` if the server has another file by now than when this one was opened, or none. Servers that
+        say nothing of their files are not asked, nor for one that came as one answer: no part of that is newer than another."""
+        if not self._stamp or 0 <= self._size <= BLOCK:
+            return
+        try:
+            now = _again(self._url, lambda: _stamp(self._ask()))
+        except OSError:  # it is gone
+            now = ""
+        if now != self._stamp:
+            raise input_changed(self._url)
+
     def _drop(self) -> None:
         file, self._file = self.__dict__.get("_file"), None
         if file is not None:

@@ -104,25 +104,30 @@ def unpack(packed: IO[bytes], packing: str, limits: Limits) -> IO[bytes]:
 def opened(path: str, packing: str, limits: Limits, start: int = 0, stamp: str = "") -> Iterator[IO[bytes]]:
     """A file from byte `start` on: a local path, or a URL of fsspec. Raises `Broken` if it can't be opened, and PluginFault
     `connection_lost` for one whose server is gone, `input_changed` for a local one whose state is not that of `stamp`, if given,
-    before it is read and afterwards."""
+    before it is read and afterwards, and for one elsewhere that is another one afterwards."""
     try:
-        remote = "://" in path
-        file: Any = io.BufferedReader(Remote(path), BUFFER) if remote else open(path, "rb", BUFFER)  # noqa: PTH123, SIM115
+        remote = Remote(path) if "://" in path else None
+        file: Any = io.BufferedReader(remote, BUFFER) if remote else open(path, "rb", BUFFER)  # noqa: PTH123, SIM115
     except OSError as error:
         raise Broken("unreadable", error.strerror or str(error)) from None
     with file:
         if start:
             file.seek(start)
-        if remote or not stamp:
-            yield unpack(file, packing, limits)
-            return
-        check_unchanged(file, path, stamp)
+
+        def check() -> None:
+            if remote:
+                remote.check_unchanged()
+            elif stamp:
+                check_unchanged(file, path, stamp)
+
+        if not remote:
+            check()
         try:
             yield unpack(file, packing, limits)
         except (Broken, *UNPACK_ERRORS):
-            check_unchanged(file, path, stamp)  # no wonder then
+            check()  # no wonder then
             raise
-        check_unchanged(file, path, stamp)
+        check()
 
 
 def stamp_of(state: os.stat_result) -> str:
