@@ -44,8 +44,8 @@ class KernelService:
         self.swapper = Swapper(bus, self.catalog, self.registry, self.supervisor, self.router)
         self.trail = AuditTrail(bus)
         self.members = Members(bus, self.authority, self.router, self._note)
-        self.enroll, self.renew = self.members.enroll, self.members.renew
-        self.forget_machine = Machines(bus, self.members.shut_out, self._note).forget
+        machines = Machines(bus, self.authority, self.members.shut_out, self._note)
+        self.enroll, self.renew, self.forget_machine = machines.guard(self.members.enroll), self.members.renew, machines.forget
         keys = Keys(bus, self.authority, self.router, self._note)
         self.create_key, self.list_keys, self.rotate_key, self.revoke_key = keys.create, keys.list, keys.rotate, keys.revoke
         self._lease = bus.bucket("leases", Lease)

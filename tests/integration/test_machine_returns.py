@@ -17,8 +17,9 @@ from kernelm.journal import Entry
 from kernelm.testing.harness import System, until
 from kernelm_authority.broker import Broker
 from kernelm_authority.files import write_secret
-from kernelm_authority.identity import Grant
+from kernelm_authority.identity import Authority, Grant
 from kernelm_authority.machines import machine_token
+from kernelm_authority.rotation import rotate
 from kernelm_cli.certificates import CertificateAuthority
 from kernelm_sdk import machine
 from kernelm_sdk.bus import Bus, Credentials
@@ -123,6 +124,17 @@ async def test_each_return_is_a_new_enrollment_and_shuts_out_the_one_before(seco
     assert (await second.system.track(Bus.connect(second.system.broker.url, again))).connected
 
 
+async def test_it_comes_back_after_the_signing_key_was_stolen(second: Second) -> None:
+    """What that key has signed counts no more; a machine's key is not among it."""
+    second.hand_out("node-two")
+    first = await second.credentials("node-two")
+    await rotate(Authority(second.system.home), second.system.broker.url, drop_others=True)
+    with pytest.raises(Fault, match=r"refused|uthorization"):
+        await Bus.connect(second.system.broker.url, first, timeout_s=3)
+    again = await second.credentials("node-two")
+    assert (await second.system.track(Bus.connect(second.system.broker.url, again))).connected
+
+
 async def test_the_key_of_a_machine_does_one_thing(second: Second) -> None:
     second.hand_out("node-two", "artifacts-two")
     key = ticket_of((await second.keeper("node-two").ticket()).read_text())
@@ -155,12 +167,19 @@ async def test_who_is_forgotten_is_out_at_once_and_told_what_to_do(second: Secon
     instance = await system.connect("data-x1", Grant("plugin", "data-x1", "data", "data"))
     assert system.kernel is not None
     await system.kernel.registry.happens("data-x1", "start", plugin="data", pool="data", node="two")  # runs there
+    spare = machine_token(system.authority, "node-two", 600)  # that was made twice
     elsewhere = await system.connect("node-x-two")  # of another machine, whose name ends alike
+    await system.kernel.registry.happens("data-x2", "start", plugin="data", pool="data", node="two")
+    start = Grant("plugin", "data-x2", "data", "data")
+    kept = system.authority.token("data-x2", start)  # by a node that has not started what it was asked to
     await system.admin.call(Kernel.forget_machine, MachineName("two"))
     await until(lambda: not mirror.connected and not instance.connected, 20, "members and instances cut off")
     assert await asyncio.to_thread(node.wait, 60) != 0
     assert elsewhere.connected
     assert ("admin", "forget_machine", "two") in await trail(system)
+    for token in (kept, spare):
+        with pytest.raises(ClientFault, match="was forgotten since the token was made"):
+            await join(system.broker.url, token)
 
     for member in ("node-two", "artifacts-two"):
         started = second.start(member)
@@ -174,6 +193,7 @@ async def test_who_is_forgotten_is_out_at_once_and_told_what_to_do(second: Secon
     second.hand_out("node-two")  # an administrator takes it in again
     second.start("node-two")
     await system.ready("node-two", 60)
+    assert (await system.connect("data-x2", start)).connected
 
 
 @pytest.mark.parametrize("name", ["", "local", "*", "Two"])
@@ -203,7 +223,7 @@ async def test_a_start_that_was_interrupted_binds_one_key(second: Second, monkey
     folder, token = second.token("node-two").parent, second.token("node-two").read_text()
     with monkeypatch.context() as patch:
         patch.setattr("kernelm_sdk.machine._write", _failing_at(folder / "key"))
-        with pytest.raises(OSError, match="no room"):
+        with pytest.raises(ClientFault, match="no room"):
             await second.keeper("node-two").ticket()
     assert sorted(path.name for path in folder.iterdir()) == ["key.next", "token"]
     key = ticket_of((await second.keeper("node-two").ticket()).read_text())
@@ -234,6 +254,11 @@ async def test_what_is_of_no_use_is_named(second: Second) -> None:
     await join(second.system.broker.url, used)
     with pytest.raises(ClientFault, match="is of no use: the join token was used already"):
         await second.keeper("node-two").ticket()
+    second.token("node-two").unlink()
+    second.token("node-two").mkdir()
+    with pytest.raises(ClientFault, match=r"token: Is a directory") as caught:
+        await second.keeper("node-two").ticket()
+    assert "`kernelm deploy join`" in caught.value.remedy
     write_secret(second.token("artifacts-two"), second.system.authority.token("artifacts-two"))
     with pytest.raises(ClientFault, match="not for a further machine"):
         await second.keeper("artifacts-two").ticket()

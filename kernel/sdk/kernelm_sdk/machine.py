@@ -30,7 +30,7 @@ from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 
 T = TypeVar("T")
 LONGEST_PAUSE_S = 30.0  # between two tries to reach the first machine, which may be away for days
-REMEDY = "`kernelm deploy machine` on the first machine makes tokens: copy its folder here, and start this again"
+REMEDY = "`kernelm deploy machine` on the first machine makes tokens: copy its folder here, and `kernelm deploy join` it"
 log = logging.getLogger("kernelm.machine")
 
 
@@ -43,15 +43,20 @@ class Keeper:
 
     async def ticket(self) -> Path:
         """Have the key bound where a token was brought, see that it opens, and lay it down for whoever joins; where. ClientFault
-        "no_token" where there is neither key nor token, "forgotten" where the key opens no more."""
-        key = self._kept()
-        if self._token.exists():
-            key = await self._bind(key)
-        if key is None:
-            raise ClientFault("no_token", f"there is neither a key in {self._file} nor a token in {self._token}", REMEDY)
-        await self._knock(key)
+        "no_token" where there is neither key nor token, "forgotten" where the key opens no more, "storage" where a file can't be
+        read or written."""
         laid = self._token.with_name("ticket")
-        _write(laid, token_of(key))
+        try:
+            key = self._kept()
+            if self._token.exists():
+                key = await self._bind(key)
+            if key is None:
+                raise ClientFault("no_token", f"there is neither a key in {self._file} nor a token in {self._token}", REMEDY)
+            await self._knock(key)
+            _write(laid, token_of(key))
+        except OSError as error:
+            remedy = "`kernelm deploy join` gives the files to the containers' user; is the disk full?"
+            raise ClientFault("storage", f"{error.filename or laid.parent}: {error.strerror or error}", remedy) from None
         return laid
 
     def _kept(self) -> Credentials | None:
