@@ -65,8 +65,9 @@ def make_model(folder: Path) -> None:
     """A Llama whose decoding on a CPU is bound by memory, as that of larger ones."""
     sys.path.insert(0, str(ROOT / "plugins" / "vllm" / "tests"))
     import torch
-    from conftest import make_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from conftest import make_tokenizer
 
     tokenizer = make_tokenizer()
     size = len(tokenizer)

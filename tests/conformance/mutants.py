@@ -172,8 +172,8 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
      "'svc.jobs.v1.submit.' + self.context.instance, b'{}')\nInOrder.on_start = on_start"),
     ("events.declared", "scheduler", "from kernelm_sdk.events import Event\nclass Odd(Event, frozen=True):\n    TYPE = 'odd.thing'\n"
      "async def on_start(self):\n    await self.context.publish(Odd())\nInOrder.on_start = on_start"),
-    ("life.lease", "scheduler", "_ap = Bus.append\nasync def append(self, subject, body, headers=None, patience_s=0.0):\n"
-     "    return await _ap(self, subject, body, {**(headers or {}), 'Nats-TTL': '9'} if '.leases.' in subject else headers, patience_s)\n"
+    ("life.lease", "scheduler", "_ap = Bus.append\nasync def append(self, subject, body, headers=None, **more):\n"
+     "    return await _ap(self, subject, body, {**(headers or {}), 'Nats-TTL': '9'} if '.leases.' in subject else headers, **more)\n"
      "Bus.append = append"),
     ("life.drain", "scheduler", "async def drain(self, r, c):\n    return await self.probe(system.Empty(), c)\nMember.drain = drain"),
     ("life.stop", "scheduler", "async def stop(self, r, c):\n    asyncio.get_running_loop().call_later(0.05, os._exit, 3)\n"

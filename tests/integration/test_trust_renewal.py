@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -135,6 +137,28 @@ async def test_a_member_lives_on_for_many_lifetimes_of_its_jwt(system: System, m
     assert set(ClockworkPlugin.handled.values()) == {1}
     assert await calls == len(ClockworkPlugin.handled)
     assert (await system.state()).health["routes"] == "in force"
+
+
+async def test_a_lease_does_not_wait_for_a_kernel_that_hangs_while_the_key_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    due = time.time() + 5
+    monkeypatch.setattr("kernelm_sdk.runner._renewal", lambda _: due)
+    async with System(kernel="process") as system:
+        member = await system.plugin(ClockworkPlugin, MANIFEST)
+        member.own_process = False
+        said, append = list[float](), member.bus.append
+
+        async def noted(subject: str, *rest: Any, **more: Any) -> int:
+            said.append(time.monotonic())
+            return await append(subject, *rest, **more)
+
+        monkeypatch.setattr(member.bus, "append", noted)
+        system.processes["kernelm"].send_signal(signal.SIGSTOP)
+        try:
+            await until(lambda: time.time() > due + 12, 60, "a renewal of the key that nobody answers")
+        finally:
+            system.processes["kernelm"].send_signal(signal.SIGCONT)
+        assert max(b - a for a, b in itertools.pairwise(said)) < 5.0  # the lease
+        assert not member.orphaned
 
 
 async def test_the_old_key_is_revoked_after_the_overlap_and_not_before(system: System) -> None:

@@ -202,7 +202,7 @@ class Bus(Storage):
 
     def _expire(self, token: str, after_s: float) -> None:
         if entry := self._waiting.get(token):
-            self._fail(token, KernelFault("timeout", f"no answer on {entry[0]} within {after_s:g} s", retriable=True))
+            self._fail(token, KernelFault("timeout", f"no answer on {entry[0]} within {after_s:.3g} s", retriable=True))
 
     def _on_reply(self, msg: Msg) -> None:
         token = msg.subject.rpartition(".")[2]

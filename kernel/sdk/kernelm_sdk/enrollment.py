@@ -59,8 +59,8 @@ async def enroll(url: str, ticket: Credentials, seed: str, patience_s: float = 6
     return Credentials(enrolled.user, enrolled.jwt, seed, enrolled.expires)
 
 
-async def renew(bus: Bus, seed: str, overlap_s: int = 60) -> None:
+async def renew(bus: Bus, seed: str, overlap_s: int = 60, timeout_s: float = 5.0) -> None:
     """Go on under the new key `seed` and a JWT for it; the old key is revoked after `overlap_s`. Nothing in flight is lost.
     When this fails it may be tried again with the same seed."""
-    enrolled = await bus.call(Kernel.renew, RenewRequest(public_key(seed), overlap_s), timeout_s=5.0)
+    enrolled = await bus.call(Kernel.renew, RenewRequest(public_key(seed), overlap_s), timeout_s=timeout_s)
     await bus.renewed(Credentials(enrolled.user, enrolled.jwt, seed, enrolled.expires), overlap_s)

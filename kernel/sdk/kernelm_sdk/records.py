@@ -60,13 +60,14 @@ class Storage(ABC):
             self._sequence += 1
         return sequence
 
-    async def append(self, subject: str, body: bytes, headers: dict[str, str] | None = None, patience_s: float = 0.0) -> int:
+    async def append(self, subject: str, body: bytes, headers: dict[str, str] | None = None, patience_s: float = 0.0,
+                     timeout_s: float = 5.0) -> int:  # fmt: skip
         """Store a message in the stream that holds `subject`; its sequence. KernelFault "conflict" when an expected
         sequence in the headers is not the last one."""
         until = time.monotonic() + patience_s
         while True:
             try:
-                answer = msgspec.json.decode((await self.request(subject, body, 5.0, headers)).data)
+                answer = msgspec.json.decode((await self.request(subject, body, timeout_s, headers)).data)
                 break
             except KernelFault as fault:
                 if not fault.retriable or time.monotonic() > until:

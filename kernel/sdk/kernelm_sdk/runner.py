@@ -142,15 +142,17 @@ class Member:
         self._connected_at = time.monotonic()
 
     async def _renew_lease(self, ttl_s: int) -> None:
-        """Renew the lease every third of it, and JWT and key at two thirds of their life; give up when orphaned."""
-        seed, due = new_seed(), _renewal(self.bus.credentials)
+        """Renew the lease every third of it, and JWT and key at two thirds of their life; give up when orphaned. No answer is
+        waited for longer than the lease can bear: two thirds of it, both together."""
+        seed, due, pause = new_seed(), _renewal(self.bus.credentials), ttl_s / 3
         while True:
+            begun = time.monotonic()
             try:
                 body = encode({"instance": self.name, "renewed": time.time()})
-                await self.bus.append(f"$KV.leases.{self.name}", body, {"Nats-TTL": str(ttl_s)})
+                await self.bus.append(f"$KV.leases.{self.name}", body, {"Nats-TTL": str(ttl_s)}, timeout_s=pause)
                 self._connected_at = time.monotonic()
                 if time.time() > due:
-                    await renew(self.bus, seed)  # the same seed until it is done: an answer may be lost
+                    await renew(self.bus, seed, timeout_s=pause)  # the same seed until it is done: an answer may be lost
                     seed, due = new_seed(), _renewal(self.bus.credentials)
             except Fault as fault:
                 log.warning("lease: %s", fault.message)
@@ -162,7 +164,7 @@ class Member:
                     return
                 os._exit(3)  # a worker thread may be busy for long; nothing of it may count any more
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(ttl_s / 3, max(due - time.time(), 0.2))):
+                async with asyncio.timeout(max(min(begun + pause - time.monotonic(), max(due - time.time(), 0.2)), 0.0)):
                     await self.bus.ended.wait()
 
     # ---- jobs ----

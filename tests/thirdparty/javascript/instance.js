@@ -99,27 +99,29 @@ export class Instance {
   // ---- lease and key ----
 
   async #renew(ttl) {
+    const pause = (ttl * 1000) / 3; // no answer is waited for longer, so that the lease outlives one that never comes
     let key = newKey();
     for (;;) {
+      const begun = Date.now();
       try {
         const body = { instance: this.user, renewed: Date.now() / 1000 };
-        await this.link.request(`$KV.leases.${this.user}`, body, 2000, { 'Nats-TTL': ttl });
+        await this.link.request(`$KV.leases.${this.user}`, body, pause, { 'Nats-TTL': ttl });
         this.seen = Date.now();
         if (Date.now() > this.renewAt) {
-          await this.#renewKey(key); // the same key until it is done: an answer may be lost
+          await this.#renewKey(key, pause); // the same key until it is done: an answer may be lost
           key = newKey();
         }
       } catch (error) {
         console.error(`lease: ${error.message}`);
       }
       if (Date.now() - this.seen > ORPHAN_MS) return new Error(`no broker for ${ORPHAN_MS / 1000} s`);
-      await later(Math.min((ttl * 1000) / 3, Math.max(this.renewAt - Date.now(), 200)));
+      await later(Math.max(Math.min(begun + pause - Date.now(), Math.max(this.renewAt - Date.now(), 200)), 0));
     }
   }
 
   /** Move to a new key and a second connection, without losing a message. */
-  async #renewKey(key) {
-    const enrolled = await this.call('kernel/1', 'renew', { public_key: key.publicKey, overlap_s: OVERLAP_S }, 5000);
+  async #renewKey(key, timeout) {
+    const enrolled = await this.call('kernel/1', 'renew', { public_key: key.publicKey, overlap_s: OVERLAP_S }, timeout);
     const [old, left] = [this.link, this.subscriptions];
     await this.#connect(enrolled, key);
     if (!this.draining) this.#serve(this.link);
