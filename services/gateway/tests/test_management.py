@@ -64,7 +64,7 @@ class Greeter(Plugin, Greet):
         return Word(self.settings.word * self.settings.times)
 """
 TEXT = 'name = "greet"\nversion = "1"\nsummary = "says hello"\ncontracts = ["greet/1"]\nentry = "greet_plugin:Greeter"\n'
-JOINING = ("enroll", "renew", "hello", "ready", "exited", "create-key", "rotate-key", "revoke-key")
+JOINING = ("enroll", "renew", "hello", "ready", "exited", "create-key", "rotate-key", "revoke-key", "forget-machine")
 
 
 def test_what_joins_the_system_or_makes_keys_is_open_to_no_key(gate: Gate, new_key: Any) -> None:
