@@ -15,10 +15,12 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 from msgspec.structs import replace
 
 from kernelm.testing.harness import System
@@ -44,7 +46,7 @@ from kernelm_scheduler.settings import Settings
 from kernelm_sdk.system import Resources
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reporting import conditions, finish, median, quantile, say
+from reporting import conditions, finish, median, processor_s, quantile, rest, say
 
 WORKLOADS = range(4, 9)
 SIZES = {100: 60, 1000: 200, 10_000: 20}  # nodes -> rounds; ten jobs a node
@@ -220,6 +222,12 @@ def ray_rate(ray: subprocess.Popen[str]) -> float:
     return 0.0
 
 
+def ray_used_s(ray: subprocess.Popen[str]) -> float:
+    """Processor time of Ray, all its processes together."""
+    engine = psutil.Process(ray.pid)
+    return sum(map(processor_s, (engine, *engine.children(recursive=True))))
+
+
 async def rates() -> tuple[list[float], list[float]]:
     ours, theirs = [], []
     async with System() as system:
@@ -230,6 +238,7 @@ async def rates() -> tuple[list[float], list[float]]:
             for wave in range(WAVES):
                 if ray is not None:
                     theirs.append(await asyncio.to_thread(ray_rate, ray))
+                    await rest(partial(ray_used_s, ray))
                 ours.append(await durable(table, wave))
                 say(f"durable decisions/s {ours[-1]:,.0f}" + (f", Ray tasks/s {theirs[-1]:,.0f}" if theirs else ""))
         finally:

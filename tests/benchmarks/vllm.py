@@ -41,13 +41,12 @@ from kernelm_sdk.system import Artifact, Artifacts, Destination, Kernel, KeyRequ
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gateway as mock
-from reporting import ROOT, conditions, finish, median, quantile, say
+from reporting import ROOT, conditions, finish, median, processor_s, quantile, rest, say
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 CALLERS = {1: 3, 8: 2, 32: 2}  # at a time -> answers each, a turn
 TOKENS = int(os.environ.get("TOKENS", "32"))  # of an answer
 FIRSTS = int(os.environ.get("FIRSTS", "400"))  # answers of the mock engine, each way and round
-LOOK_S, AT_REST = 0.25, 0.05  # between two looks at processors; of a core, that a server without work may use
 THREADS = max((os.cpu_count() or 1) // 2, 1)  # of a server's compute library
 SPECIAL = 6  # tokens, the first ones of the tokenizer
 CONTEXT, SEQUENCES, CACHE_MB, BLOCK = 512, 32, 512, 32
@@ -183,36 +182,21 @@ class Processor:
 
     def _used(self) -> dict[str, float]:
         own = psutil.Process()
-        found = {part: 0.0 for part in (*self.PARTS.values(), "other")} | {"client": _seconds(own)}
+        found = {part: 0.0 for part in (*self.PARTS.values(), "other")} | {"client": processor_s(own)}
         for child in own.children():
             below = [child, *child.children(recursive=True)]
             command = " ".join(child.cmdline())
-            found[next((part for word, part in self.PARTS.items() if word in command), "other")] += sum(map(_seconds, below))
+            found[next((part for word, part in self.PARTS.items() if word in command), "other")] += sum(map(processor_s, below))
         return found
 
-    async def rest(self, patience_s: float = 30.0) -> None:
+    async def rest(self) -> None:
         """Until neither server computes: after its last answer vLLM's worker goes on looking for work for a while, on a core that
         the next one asked would lack (measured: 71 to 173 us a token)."""
-        until, before = time.monotonic() + patience_s, self._used()
-        while time.monotonic() < until:
-            await asyncio.sleep(LOOK_S)  # what is measured is a rate
-            now = self._used()
-            if all(now[part] - before[part] < AT_REST * LOOK_S for part in ("vllm", "instance")):
-                return
-            before = now
-        say(f"a server still computes {patience_s:g} s after its last answer")
+        await rest(lambda: (used := self._used())["vllm"] + used["instance"])
 
     def us_a_token(self) -> dict[str, dict[str, float]]:
         return {way: {part: round(used * 1e6 / self.tokens[way], 1) for part, used in sums.items()}
                 for way, sums in self.seconds.items()}  # fmt: skip
-
-
-def _seconds(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(times.user + times.system)
 
 
 async def engines(ways: dict[str, Turn], processor: Processor) -> dict[str, dict[str, float]]:
