@@ -187,7 +187,7 @@ async def machine(home: Path) -> AsyncIterator[System]:
         await system.service("jobs")
         await system.pool(PoolSpec("scheduler", "scheduler", settings=SCHEDULER))
         await system.pool(PoolSpec("data", "data"))
-        await system.pool(PoolSpec("trainer", "trainer", instances=6))
+        await system.pool(PoolSpec("trainer", "trainer", instances=6, settings={"nice": 10}))
         yield system
 
 

@@ -1,8 +1,10 @@
 """Handlers of `trainer/1`: fetch folders, train in a thread, store the model. What they do to data is in `training.py`."""
 
 import asyncio
+import os
 import shutil
 import socket
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,11 +88,14 @@ class TrainerPlugin(Plugin, Trainer):
             await job.announce(place.address)
         threads = max(1, (self.settings.threads or job.threads) // request.processes)
         order = Order(request, str(dataset), str(base or ""), str(checkpoint or ""), str(job.scratch), threads, not job.rank,
-                      self._granted(job) / request.processes, str(teacher or ""))  # fmt: skip
+                      self._granted(job) / request.processes, str(teacher or ""), self.settings.nice)  # fmt: skip
         return await job.in_thread(run, order, place, JobObserver(job))
 
     def _train(self, request: TrainRequest, dataset: Path, base: Path | None, checkpoint: Path | None, teacher: Path | None,
                job: Job) -> Any:  # fmt: skip
+        if self.settings.nice:  # of this thread, which ends with the job, and of those that it starts
+            me = os.PRIO_PROCESS, threading.get_native_id()
+            os.setpriority(*me, max(os.getpriority(*me), self.settings.nice))
         import torch
 
         from kernelm_trainer.training import Folders, train

@@ -50,6 +50,7 @@ class Speaker:
 def main(path: str) -> int:
     """Train as the order in the file `path` says."""
     order = msgspec.json.decode(Path(path).read_bytes(), type=Order)
+    os.nice(max(order.nice - os.nice(0), 0))
     torch.set_num_threads(max(1, order.threads))
     dist.init_process_group("gloo")
     work = Path(order.work)

@@ -46,6 +46,7 @@ class Order(Struct, frozen=True):
     speaks: bool  # this instance's first process is the speaker
     memory_mb: float = 0.0  # that each process was granted, all in all; 0: not known
     teacher: str = ""
+    nice: int = 0  # of each process
 
 
 class Report(Struct, frozen=True, omit_defaults=True):

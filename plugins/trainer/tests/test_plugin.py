@@ -1,8 +1,10 @@
 """The handlers, with a context that keeps artifacts in a folder."""
 
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,23 @@ async def test_senseless_requests_are_refused_before_artifacts_are_fetched(conte
     with pytest.raises(ClientFault, match="algorithm"):
         await TrainerPlugin(context, TrainerSettings()).train(
             TrainRequest("sha256:d", structure="tfidf-linear"), Job(context, "jobs", "j1", 1))  # fmt: skip
+
+
+async def test_what_trains_gives_way_and_the_instance_does_not(context: FolderContext) -> None:
+    seen = set[int]()
+
+    class Noting(Job):
+        def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None:
+            super().progress(fraction, phase, message, **metrics)
+            if metrics:
+                seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    nice = min(before + 7, 19)
+    request = TrainRequest("sha256:d", base="sha256:b", epochs=1)
+    await TrainerPlugin(context, TrainerSettings(threads=1, nice=nice)).train(request, Noting(context, "jobs", "j1", 1))
+    assert seen == {nice}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_settings_refuse_unknown_keys() -> None:
