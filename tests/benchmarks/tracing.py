@@ -31,7 +31,7 @@ from kernelm_sdk.contract import Contract, method_of, unary
 from kernelm_sdk.system import ContractVersion, Hello, Kernel, Ready
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reporting import conditions, finish, median, say
+from reporting import conditions, finish, median, processor_s, say
 
 ROUNDS = int(os.environ.get("ROUNDS", "15"))
 TURN_S = float(os.environ.get("TURN_S", "2"))
@@ -121,15 +121,14 @@ async def turn(bus: Bus, instance: str, server: psutil.Process) -> tuple[float, 
                 await ask()
             done += 1
 
-    begun, used = time.perf_counter(), processor_s(server)
+    begun, used = time.perf_counter(), spent_s(server)
     await asyncio.gather(*(caller() for _ in range(IN_FLIGHT)))
-    return done / (time.perf_counter() - begun), ((processor_s(server) - used) / done - WORK_S) * 1e6
+    return done / (time.perf_counter() - begun), ((spent_s(server) - used) / done - WORK_S) * 1e6
 
 
-def processor_s(server: psutil.Process) -> float:
-    """Of this process and the server."""
-    times = server.cpu_times()
-    return time.process_time() + times.user + times.system
+def spent_s(server: psutil.Process) -> float:
+    """Processor time of this process and the server."""
+    return time.process_time() + processor_s(server)
 
 
 async def main() -> None:

@@ -121,8 +121,11 @@ def test_the_first_tokens_state_where_the_folder_says_so(tmp_path: Path) -> None
     ({"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]}, "`model_type` 'qwen3' is no encoder"),
     ({"id2label": {"0": "score"}}, "`id2label` has 1 label: a regression or a ranking"),
     ({"problem_type": "regression"}, "`problem_type` is regression"),
+    ({"id2label": ["sport", "tech"]}, r"config\.json: .*`\$\.id2label`"),
+    ({"id2label": {"a": "sport", "b": "tech"}}, r"config\.json: `id2label` must number the labels from 0 to 1, not a, b"),
+    ({"num_hidden_layers": "two"}, r"config\.json: transformers can't read it: .*num_hidden_layers"),
 ])  # fmt: skip
-def test_what_is_not_served_is_told(change: dict[str, Any], what: str, tmp_path: Path) -> None:
+def test_what_is_not_served_is_told_and_a_broken_field_named(change: dict[str, Any], what: str, tmp_path: Path) -> None:
     folder = bert(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
@@ -166,20 +169,6 @@ def test_a_file_that_is_broken_is_named_with_its_field_and_a_remedy(file: str, c
         open_model(folder, 1)
     assert caught.value.code == "invalid_model"
     assert "kernelm model import" in caught.value.remedy
-
-
-@pytest.mark.parametrize(("change", "what"), [
-    ({"id2label": ["sport", "tech"]}, r"config\.json: .*`\$\.id2label`"),
-    ({"id2label": {"a": "sport", "b": "tech"}}, r"config\.json: `id2label` must number the labels from 0 to 1, not a, b"),
-    ({"num_hidden_layers": "two"}, r"config\.json: transformers can't read it: .*num_hidden_layers"),
-])  # fmt: skip
-def test_a_field_of_a_classifiers_config_is_named(change: dict[str, Any], what: str, tmp_path: Path) -> None:
-    folder = bert(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ClientFault, match=what) as caught:
-        open_model(folder, 1)
-    assert caught.value.code == "invalid_model"
 
 
 def test_what_transformers_writes_beyond_json_is_read(tmp_path: Path) -> None:
