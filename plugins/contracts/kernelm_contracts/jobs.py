@@ -165,6 +165,9 @@ class PastDeployment(Struct, frozen=True):
     until: float  # Unix seconds
 
 
+WAITS = "waits: "  # so begins the reason of what has no room
+
+
 class Deployment(Struct, frozen=True):
     """The record in KV `deployments` under `model.<name>`: what answers under the name now, and what did before."""
 
@@ -181,6 +184,11 @@ class Deployment(Struct, frozen=True):
     replicas: int = 1  # instances wanted
     scaled: float = 0.0  # Unix seconds of the last change of `replicas`
     why: str = ""  # of that change
+
+    @property
+    def waits(self) -> bool:
+        """Whether its replicas have no place: it lost its node, and no other one had room."""
+        return self.why.startswith(WAITS)
 
 
 class Undeploy(Struct, frozen=True):

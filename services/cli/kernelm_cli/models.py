@@ -18,8 +18,6 @@ from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, from_body
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Empty, Kernel, Route, SystemState
 
-WAITS = "waits: "  # so begins the reason of a deployment whose replicas have no place
-
 app = App(name=("model", "models"), help="The deployments: models that answer under a name.", version_flags=[])
 
 
@@ -61,7 +59,7 @@ def list_(*, output: Output = Output()) -> int:
 def why_of(route: Route, records: Mapping[str, tuple[Deployment, int]]) -> str:
     """Why calls go where they go; of a deployment that has lost its node, what it waits for. `records`: key in KV -> record."""
     deployment, _ = records.get(f"model.{route.name}", (None, 0))
-    return deployment.why if deployment is not None and deployment.why.startswith(WAITS) else route.why
+    return deployment.why if deployment is not None and deployment.waits else route.why
 
 
 @app.command
@@ -95,7 +93,7 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
     facts = {"model": f"{route.name}, generation {route.generation}",
              "goes to": ", ".join(f"{d.pool} {d.weight} %" for d in route.to),
              "ready": f"{_ready(state, route)} instances" + (f" on {deployment.node}" if deployment and deployment.node else ""),
-             "why": deployment.why if deployment and deployment.why.startswith(WAITS) else "", "artifact": artifact.digest,
+             "why": deployment.why if deployment and deployment.waits else "", "artifact": artifact.digest,
              "size": f"{megabytes(artifact.files):.1f} MB in {len(artifact.files)} files",
              "from": ", ".join(f"{k} {v}" for k, v in artifact.lineage.items()),
              "before": ", ".join(f"{short(p.artifact)} (generation {p.generation})" for p in history)}  # fmt: skip

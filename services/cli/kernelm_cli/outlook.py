@@ -12,11 +12,11 @@ from rich.text import Text
 from kernelm_cli import run_file
 from kernelm_cli.session import Output, connection, print_json, stdout
 from kernelm_cli.view import FINISHED, duration
-from kernelm_contracts.jobs import JobName, Jobs, Outlook, Plan, RunName, RunView
+from kernelm_contracts.jobs import WAITS, JobName, Jobs, Outlook, Plan, RunName, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
 
-SAID = ("waits: ", "can never run: ")  # what a reason begins with that stands beside a column that says so
+SAID = (WAITS, "can never run: ")  # what a reason begins with that stands beside a column that says so
 
 
 def why(id: Annotated[str, Parameter(name="ID")], /, *, output: Output = Output()) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import structs
 
-from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, ModelScaled
+from kernelm_contracts.jobs import WAITS, Deployment, DeployRequest, JobRecord, ModelScaled
 from kernelm_contracts.scheduler import Decision, ModelState, Share
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
@@ -38,7 +38,6 @@ from kernelm_sdk.system import Empty, Kernel, Lifecycle, PoolName, PoolSpec, Pro
 log = logging.getLogger("kernelm.jobs")
 PATIENCE_S = 30.0  # for a kernel that restarts
 START_S = 3.0  # until a new replica answers, before one was measured
-WAITS = "waits: "  # so begins the reason of what has no room
 
 
 class Scaling:
@@ -130,7 +129,7 @@ class Scaling:
             return ClientFault("unknown_model", f"there is no deployment {model!r}", "`kernelm model list` shows what is deployed")
         after_s = self._start_s.get(model, START_S)
         if deployment.replicas:
-            waits = deployment.why if deployment.why.startswith(WAITS) else self._stranded.get(model)
+            waits = deployment.why if deployment.waits else self._stranded.get(model)
             why = waits or "an instance is being started"
             return KernelFault("starting", f"{model} has no instance now: {why}", "call again: callers with patience do so",
                                retriable=True, retry_after_s=after_s)  # fmt: skip
@@ -173,7 +172,7 @@ class Scaling:
         """The deployment that the job serves and that waits for a place; "" for none."""
         deployments = {d.name: d for d in self._table.deployments.values()}
         found = serving(job, deployments) if job.state in HOLDING else None
-        return found.name if found is not None and found.why.startswith(WAITS) else ""
+        return found.name if found is not None and found.waits else ""
 
     async def _say(self, deployment: Deployment, why: str, allocation: tuple[Share, ...] = ()) -> None:
         """Put on the record of the deployment's job how it is, and where, if that is new."""
@@ -225,7 +224,7 @@ class Scaling:
         if spec is None or spec.parked:
             return True
         placed = not deployment.replicas or spec.node == (deployment.node or spec.node)
-        waits = deployment.why.startswith(WAITS) and not lost  # no more
+        waits = deployment.waits and not lost  # no more
         if _swapped(deployment.name, system):
             return placed and not waits  # a swap is about number and route: when that is over, the next look tells
         at = self._bus.user if deployment.replicas == 0 or lost else deployment.pool
@@ -289,7 +288,7 @@ class Scaling:
 
     def _since(self, deployment: Deployment) -> str:
         """Why it is as it is, now that it does not wait."""
-        if not deployment.why.startswith(WAITS):
+        if not deployment.waits:
             return deployment.why
         node = home(deployment, self._table.jobs.need(deployment.job))
         return f"node {node} is there again"  # before another one had room
