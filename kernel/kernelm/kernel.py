@@ -194,7 +194,7 @@ class KernelService:
         if instance is not None and call.caller != f"node-{instance.node}":
             raise ClientFault("permission_denied", f"{call.caller!r} does not run {request.instance!r}")
         if instance is not None and instance.state != "exited":
-            now = await self.registry.happens(request.instance, "exit", request.diagnosis or f"exit code {request.code}")
+            now = await self.registry.happens(request.instance, "exit", request.reason, fault=request.fault)
             if instance.state != "lost":  # which has been counted
                 self.supervisor.ended(now, request.code)
         return Empty()
@@ -206,8 +206,7 @@ class KernelService:
             strangers = [p.pool for p in self.supervisor.pools.values() if not self.catalog.first_party(p)]
             health |= {f"pool {pool}": "not started: safe mode" for pool in strangers}
         return api.SystemState(tuple(self.registry.instances.values()), tuple(self.supervisor.pools.values()),
-                           tuple(self.router.table.values()), self.router.epoch, health, self.catalog.all(),
-                               self.swapper.swaps)  # fmt: skip
+                           self.router.in_force, self.router.epoch, health, self.catalog.all(), self.swapper.swaps)
 
     async def start_pool(self, request: PoolSpec, call: Any) -> PoolSpec:
         self.catalog.need(request.plugin)
@@ -262,7 +261,7 @@ class KernelService:
         if spec.each_node or request.instances < spec.contracts:  # a model's pool may have none: its route is its owner's care
             what = "has one instance a node" if spec.each_node else f"can't have {request.instances} instances"
             raise ClientFault("invalid", f"pool {spec.pool} {what}", "give a number from 1 on, or unload it")
-        spec = msgspec.structs.replace(spec, instances=request.instances)
+        spec = msgspec.structs.replace(spec, instances=request.instances, places={})
         await self.supervisor.want(spec)
         await self._note(call, "scale", f"{spec.pool} to {spec.instances}")
         return spec

@@ -1,6 +1,6 @@
 """The states of an instance, as ONE table. `python -m kernelm.lifecycle` prints it as a Mermaid diagram."""
 
-from kernelm_sdk.errors import ClientFault
+from kernelm_sdk import transitions
 
 # (state, what happens) -> next state. What is not in the table can't happen: `step` raises and changes nothing.
 TRANSITIONS: dict[tuple[str, str], str] = {
@@ -29,18 +29,12 @@ LIVE = frozenset({"starting", "joined", "ready", "draining"})
 
 def step(state: str, happening: str) -> str:
     """The next state; ClientFault "illegal_transition" where the table has none."""
-    try:
-        return TRANSITIONS[state, happening]
-    except KeyError:
-        legal = sorted(h for s, h in TRANSITIONS if s == state)
-        raise ClientFault("illegal_transition", f"{happening!r} can't happen to an instance that is {state or 'unknown'!r}",
-                          f"possible: {', '.join(legal) or 'nothing'}") from None  # fmt: skip
+    return transitions.step(TRANSITIONS, state, happening, f"an instance that is {state or 'unknown'!r}")
 
 
 def diagram() -> str:
     """The table as a Mermaid state diagram."""
-    lines = [f"    {s or '[*]'} --> {t}: {h}" for (s, h), t in TRANSITIONS.items()]
-    return "\n".join(["stateDiagram-v2", *lines])
+    return transitions.diagram(TRANSITIONS)
 
 
 if __name__ == "__main__":

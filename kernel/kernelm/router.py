@@ -49,6 +49,7 @@ class Router:
         self._revoked: Bucket[Revoked] = account.bucket("routes", Revoked)
         self._lock = asyncio.Lock()
         self.table: dict[str, Route] = {}
+        self.in_force: tuple[Route, ...] = ()  # of the table, what the broker has applied
         self.revoked: dict[str, Revoked] = {}
         self.epoch = 0
         self.health = "not pushed yet"
@@ -69,7 +70,8 @@ class Router:
     async def set_all(self, routes: Iterable[Route], gone: Iterable[str] = (), back: bool = False) -> float:
         """Make `routes` durable, drop those named in `gone`, and put it all in force by one push; the milliseconds that the
         broker's part took. A generation only goes down where a swap goes `back`."""
-        for route in routes:
+        new, old = {r.name: r for r in routes}, {name: self.table[name] for name in gone if name in self.table}
+        for route in new.values():
             total = sum(d.weight for d in route.to)
             if total != 100 or any(d.weight < 1 for d in route.to):
                 raise ClientFault("invalid", f"route {route.name!r}: weights sum to {total}", "each at least 1 %, 100 % in all")
@@ -77,10 +79,9 @@ class Router:
             if kept and kept.generation > route.generation and not back:
                 raise ClientFault("stale_generation", f"{route.name!r} is at generation {kept.generation}, not {route.generation}")
             await self._routes.put(_key(route), route, -1, patience_s=10)
-            self.table[route.name] = route
-        for name in gone:
-            if name in self.table:
-                await self._routes.delete(_key(self.table.pop(name)))
+        for route in old.values():
+            await self._routes.delete(_key(route))
+        self.table = {n: r for n, r in self.table.items() if n not in old} | new  # at once: who pushes meanwhile pushes no half
         return await self.push()
 
     async def revoke(self, key: str, until: int, at: int = 0, owner: str = "") -> None:
@@ -125,25 +126,29 @@ class Router:
             await self._leader.put("leader", Leader(self.epoch, self._boot, iat, self._key), revision)
             for key in [k for k, r in self.revoked.items() if 0 < r.until < self._authority.clock() - LIFETIME_S]:
                 await self._revoked.delete(f"revoked.{self.revoked.pop(key).key}")
-            jwt = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=self._due())
+            jwt, pushed = self._authority.account_jwt(mappings=self.mappings(), iat=iat, revocations=self._due()), self.table
             begun = time.perf_counter()
             await self._system.request("$SYS.REQ.CLAIMS.UPDATE", jwt.encode(), 5.0)
             took = (time.perf_counter() - begun) * 1e3
-            await self.check(jwt)
+            await self._compare(jwt)
+            self.in_force = tuple(pushed.values())
             return took
 
-    async def check(self, jwt: str = "") -> None:
-        """Compare what is in force with what should be; without `jwt`, with the table. And see what time it is there."""
+    async def check(self) -> None:
+        """Compare what is in force with the table, while nobody pushes. And see what time it is there."""
+        async with self._lock:
+            await self._compare()
+
+    async def _compare(self, jwt: str = "") -> None:
+        wanted = self.mappings(), self._due(), self._authority.signing.public()
         await self._authority.clock.ask(self._system)
         in_force = (await self._system.request(self._authority.lookup, b"", 5.0)).data.decode()
         claims = read(in_force, self._authority.operator)["nats"] if in_force else {}
-        same = in_force == jwt if jwt else (
-            claims.get("mappings", {}) == self.mappings() and claims.get("revocations", {}) == self._due()
-            and claims.get("signing_keys", []) == self._authority.signing.public())  # fmt: skip
+        there = claims.get("mappings", {}), claims.get("revocations", {}), claims.get("signing_keys", [])
+        same = in_force == jwt if jwt else there == wanted
         self.health = "in force" if same else "the broker holds another table"
         if not same:
-            raise KernelFault("routes_not_in_force", "the broker did not apply the routing table", "it is pushed again",
-                              retriable=True)  # fmt: skip
+            raise KernelFault("routes_not_in_force", self.health, "it is pushed again", retriable=True)
 
 
 def _key(route: Route) -> str:

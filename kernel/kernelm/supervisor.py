@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict, deque
+from contextlib import suppress
 
 from kernelm.catalog import Catalog
 from kernelm.lifecycle import LIVE
@@ -91,10 +92,8 @@ class Supervisor:
                 await self.reconcile()
             except Fault as fault:
                 log.warning("reconcile: %s", fault)
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), 1.0)
-            except TimeoutError:
-                continue
 
     async def reconcile(self) -> None:
         """One comparison of wanted and present, and the starts and stops that follow from it."""
@@ -103,32 +102,23 @@ class Supervisor:
         self._starting = {i.id: self._starting[i.id] for i in live if i.id in self._starting and i.state == "starting"}
         for spec in [p for p in self.pools.values() if not p.parked]:
             mine = [i for i in live if i.pool == spec.pool and i.id not in self._stopping]
-            manifest = self._catalog.of(spec)
-            if manifest is None:
+            if (manifest := self._catalog.of(spec)) is None:
                 self.quarantined[spec.pool] = f"plugin {spec.plugin!r} is not installed"
             waits = spec.pool in self.quarantined or time.monotonic() < self._not_before.get(spec.pool, 0.0)
             if waits or manifest is None or (self.safe and not self._catalog.first_party(spec)):
                 continue
-            if spec.each_node:
-                targets = [n for n in nodes if all(i.node != n for i in mine)]
-            else:
-                candidates = [spec.node] if spec.node else nodes
-                here = [i for i in mine if spec.node in ("", i.node) or not i.node]  # others: from before the pool moved
-                missing = max(spec.instances - len(here), 0)
-                targets = [candidates[k % len(candidates)] for k in range(missing)] if candidates else []
-                whole = sum(i.state == "ready" for i in here) >= spec.instances  # else those elsewhere answer meanwhile
-                for surplus in here[spec.instances :] + [i for i in mine if whole and i not in here]:
-                    self._stop_soon(surplus, manifest)
+            here, surplus, targets = _placed(spec, mine, nodes)
+            whole = sum(i.state == "ready" for i in here) >= spec.instances  # else those elsewhere answer meanwhile
+            for each in surplus + [i for i in mine if whole and i not in here]:
+                self._stop_soon(each, manifest)
             for begun in mine:  # by a kernel that may have died before it asked the node: to ask twice is harmless
                 if begun.state == "starting" and begun.id not in self._starting and begun.node in nodes:
                     self._ask_to_start(begun.id, spec, manifest, begun.node)
-            for node in targets:
-                if node in nodes:
-                    name = f"{spec.plugin}-{secrets.token_hex(4)}"
-                    self._starting[name] = None
-                    known = {"plugin": spec.plugin, "version": manifest.version, "pool": spec.pool, "node": node}
-                    await self._registry.happens(name, "start", **known)
-                    self._ask_to_start(name, spec, manifest, node)
+            for node in (target for target in targets if target in nodes):
+                name = f"{spec.plugin}-{secrets.token_hex(4)}"
+                self._starting[name] = None
+                await self._registry.happens(name, "start", plugin=spec.plugin, version=manifest.version, pool=spec.pool, node=node)
+                self._ask_to_start(name, spec, manifest, node)
         wanted = {p.pool for p in self.pools.values() if not p.parked}
         for instance in live:  # of those that this kernel, or one before it, had started
             if instance.node and instance.pool not in wanted and instance.id not in self._stopping:
@@ -175,3 +165,15 @@ class Supervisor:
             await self._bus.call(Node.stop, InstanceName(instance.id), instance=f"node-{instance.node}", timeout_s=30.0)
         except Fault as fault:
             log.warning("stop of %s: %s", instance.id, fault.message)
+
+
+def _placed(spec: PoolSpec, mine: list[Instance], nodes: list[str]) -> tuple[list[Instance], list[Instance], list[str]]:
+    """(those of `mine` that are where they shall be, those of them that are too many there, the nodes that lack one each)."""
+    if spec.each_node:
+        return mine, [], [n for n in nodes if all(i.node != n for i in mine)]
+    here, surplus, targets = list[Instance](), list[Instance](), list[str]()
+    for node, count in spec.spread.items():
+        there = [i for i in mine if node in ("", i.node) or not i.node]  # others: from before the pool moved
+        here, surplus, candidates = here + there, surplus + there[count:], [node] if node else nodes
+        targets += [candidates[k % len(candidates)] for k in range(count - len(there)) if candidates]
+    return here, surplus, targets

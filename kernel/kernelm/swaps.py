@@ -118,7 +118,7 @@ class Swapper:
             taken = {c: served[c][0] for c in manifest.contracts if any(map(self.serves, served.get(c, ())))}
             if taken:
                 what = ", ".join(f"{c} is served by pool {pool}" for c, pool in taken.items())
-                raise ClientFault("conflict", what, f"`kernelm plugin replace {next(iter(taken.values()))}`, or unload it first")
+                raise ClientFault("conflict", what, f"`kernelm plugin replace {next(iter(taken))} PLUGIN|PATH`, or unload it first")
             return manifest.contracts
         if not before.contracts:
             raise ClientFault("conflict", f"pool {before.pool} serves a model", "deploy another model under its name")

@@ -28,7 +28,8 @@ from rich.console import Console
 
 from kernelm.testing.harness import System, until
 from kernelm_authority.identity import Authority
-from kernelm_contracts.jobs import DEPLOY, Deployed, DeployRequest, JobName, JobRecord, Jobs, JobSpec
+from kernelm_contracts.deployments import DEPLOY, Deployed, DeployRequest
+from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_contracts.trainer import ModelCard
 from kernelm_sdk.system import Artifacts, PutArtifact, Resources

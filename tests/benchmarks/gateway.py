@@ -21,11 +21,11 @@ import psutil
 import uvloop
 
 from kernelm.testing.harness import System
-from kernelm_authority.broker import free_port
 from kernelm_authority.identity import Grant
 from kernelm_sdk.bus import Bus, Credentials
 from kernelm_sdk.children import die_with
 from kernelm_sdk.plugin import Context, read_manifest
+from kernelm_sdk.ports import free_port
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import Destination, Kernel, KeyRequest, Route
 

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kernelm.testing.harness import System, until
-from kernelm_contracts.jobs import DEPLOY, DeployRequest, JobName, JobRecord, Jobs, JobSpec
+from kernelm_contracts.deployments import DEPLOY, DeployRequest
+from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
 from kernelm_contracts.server import GenerateRequest, Server
 from kernelm_contracts.trainer import Trained, TrainRequest
 from kernelm_sdk.plugin import find_manifests

@@ -12,7 +12,7 @@ Looked at four times a second, by the records: what each tenant holds, against i
 `late_with_all_replicas`: the part of the late calls that were due when the model was to have all its replicas already: those the
 machine was too slow for; the scheduler could have prevented only the others.
 
-Environment: DAY_S, DAYS, NOON, OBJECTIVE_MS, JOBS (of each of the two), EPOCHS.
+Environment: DAY_S, DAYS, NOON, OBJECTIVE_MS, JOBS (of each of the two), EPOCHS (long enough for both days).
 """
 
 import asyncio
@@ -38,7 +38,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kernelm.testing.harness import System, until
 from kernelm_cli.timeline import draw, lanes
-from kernelm_contracts.jobs import DEPLOY, Deployment, JobList, JobName, JobQuery, JobRecord, Jobs, JobSpec
+from kernelm_contracts.deployments import DEPLOY, Deployment
+from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobSpec
 from kernelm_contracts.server import ClassifyRequest, Server
 from kernelm_sdk.errors import Fault
 from kernelm_sdk.events import Event, received
@@ -50,10 +51,10 @@ from reporting import ROOT, conditions, finish, package, quantile
 
 DAY_S = float(os.environ.get("DAY_S", "80"))
 DAYS = int(os.environ.get("DAYS", "2"))
-NOON = float(os.environ.get("NOON", "0.4"))
+NOON = float(os.environ.get("NOON", "0.5"))
 OBJECTIVE_MS = float(os.environ.get("OBJECTIVE_MS", "1500"))
-JOBS = int(os.environ.get("JOBS", "5"))
-EPOCHS = int(os.environ.get("EPOCHS", "8"))
+JOBS = int(os.environ.get("JOBS", "6"))
+EPOCHS = int(os.environ.get("EPOCHS", "24"))
 NIGHT = 1.0  # calls/s
 MOST = 2  # replicas
 CORES = 2.0  # of the node, whatever the machine has
@@ -80,7 +81,7 @@ nominal = { cpu = 0.25, memory_mb = 4000 }
 borrowing = { cpu = 0.5, memory_mb = 2000 }
 """
 LIMITS = {"shop": 1.5, "lab": CORES, "course": 0.75}  # nominal and borrowing, cores
-SCHEDULER = {"preemption": {"rest_s": 5.0, "most": 100},
+SCHEDULER = {"preemption": {"rest_s": 1.0, "most": 100},
              "serving": {"down_after_s": 8.0, "drain_s": 3.0, "settle_s": 4.0}}  # fmt: skip
 console = Console(stderr=True, soft_wrap=True)
 
@@ -187,7 +188,7 @@ async def machine(home: Path) -> AsyncIterator[System]:
         await system.service("jobs")
         await system.pool(PoolSpec("scheduler", "scheduler", settings=SCHEDULER))
         await system.pool(PoolSpec("data", "data"))
-        await system.pool(PoolSpec("trainer", "trainer", instances=6, settings={"nice": 10}))
+        await system.pool(PoolSpec("trainer", "trainer", instances=6))
         yield system
 
 

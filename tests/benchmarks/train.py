@@ -95,6 +95,8 @@ class Steps:
 
     def save(self, folder: Path, lasting: bool = False) -> None: ...
 
+    def begins_anew(self, why: str) -> None: ...
+
     def step(self, loss: float) -> None:
         self.times.append(time.perf_counter())
         self.losses.append(loss)

@@ -31,12 +31,12 @@ import psutil
 import uvloop
 
 from kernelm.testing.harness import System
-from kernelm_authority.broker import free_port
 from kernelm_contracts.server import GenerateRequest, Message, Server
 from kernelm_node.runtimes.venvs import Venvs, requirements_of
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.children import die_with
 from kernelm_sdk.plugin import find_manifests
+from kernelm_sdk.ports import free_port
 from kernelm_sdk.system import Artifact, Artifacts, Destination, Kernel, KeyRequest, PoolSpec, PutArtifact, Resources, Route
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -309,7 +309,7 @@ async def main() -> None:
     venvs.mkdir(parents=True, exist_ok=True)
     say("vLLM's environment (minutes, if it is not there yet) ...")
     wanted = manifest.venv.cpu
-    place = await Venvs(venvs).get(requirements_of("vllm", None, wanted.extras), venvs / "vllm.log", wanted.without)
+    place = await Venvs(venvs).of("vllm", None, wanted, venvs / "vllm.log")
     firsts = await first_words()
     say(f"mock engine, first word: its own server {firsts['bare']:.3f} ms, NATS {firsts['nats']:.3f} ms")
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from docker.errors import DockerException
 from docker.models.containers import Container
 
 from kernelm.testing.parts import absent
-from kernelm_authority.broker import free_port
+from kernelm_sdk.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELM = Path(sys.executable).parent / "kernelm"

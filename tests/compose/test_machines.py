@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from docker.models.containers import Container
 
-from kernelm_authority.broker import free_port
 from kernelm_authority.identity import admin
 from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
 from kernelm_contracts.trainer import Adapter, TrainRequest
 from kernelm_sdk.bus import Bus
+from kernelm_sdk.ports import free_port
 from kernelm_sdk.system import Artifact, ArtifactQuery, Artifacts, Empty, Kernel, Resources, SystemState
 
 Stack = Any  # conftest's

@@ -9,7 +9,7 @@ from kernelm_sdk import serving, system
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, PluginFault
 runner = sys.modules["__main__"]  # `python -m kernelm_sdk.runner`
-Member = runner.Member
+Member, JobsInHand = runner.Member, runner.JobsInHand
 from kernelm_sdk.serving import Served
 """
 REPLIES = """
@@ -35,14 +35,14 @@ async def optimize(self, request, job):
 MostAccurate.optimize = optimize
 """
 ACCEPT = """
-_accept = Member._accept
-def accept(self, method, handler):
-    inner = _accept(self, method, handler)
+_accept = JobsInHand.accepting
+def accept(self, context, method, handler):
+    inner = _accept(self, context, method, handler)
     async def take(dispatch, call):
 {body}
         return await inner(dispatch, call)
     return take
-Member._accept = accept
+JobsInHand.accepting = accept
 """
 
 
@@ -245,12 +245,12 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
                                      "    if f.code != 'invalid': raise", "    raise PluginFault('invalid', f.message) from None")),
     ("jobs.duplicate", "data", _accept("if self.over.get(dispatch.job) == dispatch.epoch:", "    del self.over[dispatch.job]")),
     ("jobs.stale", "data", _accept("if self.over.get(dispatch.job, 0) > dispatch.epoch:", "    del self.over[dispatch.job]")),
-    ("jobs.busy", "data", _accept("self.max_jobs = 9")),
-    ("jobs.repeat", "data", "_rp = Member._report\nasync def report(self, job, report, patience_s=0.0):\n"
-     "    await _rp(self, job, report, patience_s=0.0)\nMember._report = report"),
-    ("jobs.fenced", "data", "_rp = Member._report\nasync def report(self, job, report, patience_s=600.0):\n    for left in (3, 2, 1, 0):\n"
+    ("jobs.busy", "data", _accept("self.most = 9")),
+    ("jobs.repeat", "data", "_rp = JobsInHand._report\nasync def report(self, job, report, patience_s=0.0):\n"
+     "    await _rp(self, job, report, patience_s=0.0)\nJobsInHand._report = report"),
+    ("jobs.fenced", "data", "_rp = JobsInHand._report\nasync def report(self, job, report, patience_s=600.0):\n    for left in (3, 2, 1, 0):\n"
      "        try:\n            return await _rp(self, job, report, patience_s)\n        except ClientFault:\n"
-     "            if not left: raise\nMember._report = report"),
+     "            if not left: raise\nJobsInHand._report = report"),
     ("jobs.cancel", "data", "async def cancel(self, r, c):\n    return system.Empty()\nMember.cancel = cancel\n_q = FolderData.prepare\n"
      "async def prepare(self, request, job):\n    await asyncio.sleep(0.6)\n    return await _q(self, request, job)\n"
      "FolderData.prepare = prepare"),

@@ -90,7 +90,7 @@ async def test_models_are_replaced_under_load_and_rolled_back(tmp_path: Path) ->
 
         loading = [asyncio.create_task(load()) for _ in range(3)]
         waiting = asyncio.create_task(classify(system, at_least=2, patience_s=120.0))
-        second = await deployed(system, digests[1], canary=30, watch_s=2.0)
+        second = await deployed(system, digests[1], canary=30, watch_s=2.0, latency_ms=5000.0)  # others may use the machine
         assert second.run.state == "done", second.run.fault
         assert (await waiting).generation == 2
         reply = await classify(system, at_least=2)
@@ -99,7 +99,8 @@ async def test_models_are_replaced_under_load_and_rolled_back(tmp_path: Path) ->
         broken = await deployed(system, digests[2])
         assert broken.run.state == "failed"
         assert broken.run.fault is not None
-        assert "news-g3-" in broken.run.fault.message
+        assert broken.run.fault.details["pool"].startswith("news-g3-")
+        assert "linear.safetensors" in broken.run.fault.message
         assert (await classify(system)).generation == 2
 
         command = [sys.executable, "-m", "kernelm_cli", "model", "rollback", "news", "--home", str(system.home)]

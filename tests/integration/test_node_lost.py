@@ -3,9 +3,7 @@ one, and what comes back of the first serves nothing. Real nodes, with a home of
 
 import asyncio
 import contextlib
-import shutil
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
@@ -17,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from kernelm.testing.harness import System, until
-from kernelm_authority.files import write_secret
-from kernelm_contracts.jobs import Deployment, Jobs, RunName, RunSpec, RunView
+from kernelm_contracts.deployments import Deployment
+from kernelm_contracts.jobs import Jobs, RunName, RunSpec, RunView
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_contracts.trainer import ModelCard
 from kernelm_sdk.errors import Fault
@@ -26,26 +24,21 @@ from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import Artifacts, Empty, Instance, Node, NodeReport, PoolSpec, PutArtifact
 
 pytestmark = pytest.mark.slow
-MEMBERS = (("artifacts-away", "kernelm_artifacts.mirror"), ("node-away", "kernelm_node"))
 
 
 class Machines:
     """The first machine has all services, the second one a mirror and a node, which the scheduler takes first, for its name."""
 
-    def __init__(self, system: System, home: Path, memory: Path) -> None:
-        self.system, self.home, self.memory = system, home, memory
+    def __init__(self, system: System, home: Path) -> None:
+        self.system, self.home = system, home
+        self.members: tuple[str, ...] = ()  # of the second
 
     async def start_second(self) -> None:
-        for name, module in MEMBERS:
-            token = self.home / f"{name}.token"
-            write_secret(token, self.system.authority.token(name))
-            self.system._spawn(name, module, KERNELM_HOME=str(self.home), KERNELM_TOKEN_FILE=str(token),
-                               KERNELM_ARTIFACTS_PLAIN=str(self.memory), KERNELM_MIRROR="artifacts-away")  # fmt: skip
-            await self.system.ready(name, 60)
+        self.members = await self.system.machine("away", self.home)
 
     def processes(self) -> list[psutil.Process]:
         """All of the second machine."""
-        mine = [psutil.Process(self.system.processes[name].pid) for name, _ in MEMBERS]
+        mine = [psutil.Process(self.system.processes[name].pid) for name in self.members]
         return [*mine, *(child for process in mine for child in process.children(recursive=True))]
 
     async def instances(self) -> list[Instance]:
@@ -74,19 +67,13 @@ class Machines:
 async def machines(tmp_path: Path) -> AsyncIterator[Machines]:
     installed, _ = find_manifests()
     manifests = {name: msgspec.structs.replace(installed[name], default=False) for name in ("scheduler", "encoder")}
-    memory, home = Path(tempfile.mkdtemp(prefix="kernelm-lost-", dir="/dev/shm")), tmp_path / "second"
-    home.mkdir()
-    try:
-        async with System(manifests=manifests) as system:
-            await system.service("artifacts")
-            await system.service("node")
-            await system.service("jobs")
-            machines = Machines(system, home, memory)
-            await machines.start_second()
-            await system.pool(PoolSpec("scheduler", "scheduler", node="local"))
-            yield machines
-    finally:
-        shutil.rmtree(memory, ignore_errors=True)
+    async with System(manifests=manifests) as system:
+        for service in ("artifacts", "node", "jobs"):
+            await system.service(service)
+        machines = Machines(system, tmp_path / "second")
+        await machines.start_second()
+        await system.pool(PoolSpec("scheduler", "scheduler", node="local"))
+        yield machines
 
 
 def model(folder: Path) -> Path:
@@ -159,7 +146,7 @@ async def test_a_machine_that_is_killed_and_comes_back(machines: Machines, tmp_p
         before = load.answers[1]
         await until(lambda: load.answers[1] > before + 20, 20.0, "answers again")
         assert record.why.startswith("node away is lost: no sign of life for 5 s; at least 2 replicas")
-        for name, _ in MEMBERS:
+        for name in machines.members:
             machines.system.processes[name].wait()
         await machines.start_second()
         await until(lambda: ended(machines, serving), 30.0, "it told what had ended")
@@ -183,7 +170,7 @@ async def test_a_machine_that_hangs_and_goes_on_later_serves_nothing(machines: M
     pool = (await machines.deploy(model(tmp_path / "model"))).jobs[0].result["pool"]
     assert await machines.serves_on("away")
     frozen = machines.processes()
-    members = [machines.system.processes[name].pid for name, _ in MEMBERS]
+    members = [machines.system.processes[name].pid for name in machines.members]
     members += [running.pid for running in (await report(machines.system, "away")).running]  # not what they are forked from
     for process in frozen:
         process.send_signal(signal.SIGSTOP)

@@ -1,7 +1,5 @@
 """A second machine: a node and a mirror with a home of their own, sharing no folder with the first. Real plugins work there."""
 
-import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,10 @@ import msgspec
 import pytest
 
 from kernelm.testing.harness import System, until
-from kernelm_authority.files import write_secret
 from kernelm_contracts.jobs import JobName, JobRecord, Jobs, JobSpec
 from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, OpenArtifact, PoolSpec, PutArtifact, Resources
 
-SECOND = "artifacts-second"  # its mirror
 WORKERS = ("data", "trainer")
 
 
@@ -23,26 +19,14 @@ WORKERS = ("data", "trainer")
 async def system(tmp_path: Path) -> AsyncIterator[System]:
     installed, _ = find_manifests()
     manifests = {name: msgspec.structs.replace(installed[name], default=False) for name in ("scheduler", *WORKERS)}
-    memory = Path(tempfile.mkdtemp(prefix="kernelm-second-", dir="/dev/shm"))
-    home = tmp_path / "second"
-    home.mkdir()
-    try:
-        async with System(manifests=manifests) as system:
-            await system.service("artifacts")
-            await system.service("node")
-            await system.service("jobs")
-            for name, module, own in ((SECOND, "kernelm_artifacts.mirror", {"KERNELM_ARTIFACTS_PLAIN": str(memory)}),
-                                      ("node-second", "kernelm_node", {"KERNELM_MIRROR": SECOND})):  # fmt: skip
-                token = home / f"{name}.token"
-                write_secret(token, system.authority.token(name))
-                system._spawn(name, module, KERNELM_HOME=str(home), KERNELM_TOKEN_FILE=str(token), **own)
-                await system.ready(name, 60)
-            await system.pool(PoolSpec("scheduler", "scheduler", node="local", runtime="process"))
-            for plugin in WORKERS:
-                await system.pool(PoolSpec(plugin, plugin, node="second", runtime="process"))
-            yield system
-    finally:
-        shutil.rmtree(memory, ignore_errors=True)
+    async with System(manifests=manifests) as system:
+        for service in ("artifacts", "node", "jobs"):
+            await system.service(service)
+        await system.machine("second", tmp_path / "second")
+        await system.pool(PoolSpec("scheduler", "scheduler", node="local", runtime="process"))
+        for plugin in WORKERS:
+            await system.pool(PoolSpec(plugin, plugin, node="second", runtime="process"))
+        yield system
 
 
 async def done(system: System, spec: JobSpec) -> JobRecord:

@@ -19,7 +19,8 @@ import pytest
 from kernelm.testing.harness import System, until
 from kernelm.testing.node import InlineNode
 from kernelm_cli.timeline import draw, lanes
-from kernelm_contracts.jobs import DEPLOY, Deployment, JobList, JobQuery, JobRecord, Jobs, JobSpec
+from kernelm_contracts.deployments import DEPLOY, Deployment
+from kernelm_contracts.jobs import JobList, JobQuery, JobRecord, Jobs, JobSpec
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, ServedModel, Server
 from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin

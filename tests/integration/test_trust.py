@@ -333,9 +333,9 @@ async def test_claims_that_are_not_in_force_are_noticed_and_put_right(system: Sy
     told: list[str] = []
     check = router.check
 
-    async def noted(jwt: str = "") -> None:
+    async def noted() -> None:
         try:
-            await check(jwt)
+            await check()
         finally:
             told.append(router.health)
 

@@ -36,11 +36,11 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(scratch=tmp_path, folder=tmp_path / "checkpoint", manifest=MINE)
 
 
-def a_job(shelf: Any, checkpoint: str = "sha256:1") -> tuple[Job, list[tuple[str, str]]]:
+def a_job(shelf: Any, checkpoint: str = "sha256:1") -> tuple[Job, list[tuple[str, str, str]]]:
     job, reports = Job(shelf, "jobs", "j", 1, checkpoint=checkpoint), []
 
-    async def report(checkpoint: str, address: str = "", note: str = "") -> None:
-        reports.append((checkpoint, note))
+    async def report(checkpoint: str, address: str = "", note: str = "", left: str = "") -> None:
+        reports.append((checkpoint, note, left))
 
     job.report = report
     return job, reports
@@ -52,7 +52,7 @@ async def test_what_this_version_has_saved_is_gone_on_from(shelf: Shelf) -> None
     await job.save(shelf.folder, format=3, step=7)
     assert shelf.metadata == {"step": 7}
     assert await job.resume(3) == shelf.folder
-    assert reports == [("sha256:1", "")], "and nothing is said of it"
+    assert reports == [("sha256:1", "", "")], "and nothing is said of it"
 
 
 @pytest.mark.parametrize(("found", "said"), [
@@ -66,7 +66,7 @@ async def test_another_format_or_plugin_begins_anew_and_says_why(shelf: Shelf, f
     job, reports = a_job(shelf)
     assert await job.resume(3) is None
     (report,) = reports
-    assert report[0] == ""
+    assert (report[0], report[2]) == ("", "sha256:1")
     assert said in report[1]
     assert "mine 2.1.0 goes on from format 3: the work begins anew" in report[1]
     assert job.latest.message == report[1]

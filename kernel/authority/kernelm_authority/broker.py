@@ -7,7 +7,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from kernelm_authority.files import write_secret
 from kernelm_authority.identity import Authority
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.ports import free_port
 
 FLOOR = (2, 14, 3)  # authorization bypasses before
 
@@ -63,13 +63,6 @@ def find_server(given: str = "") -> str:
     if version < FLOOR:
         raise ClientFault("no_nats_server", f"{path} is {text.strip() or 'no nats-server'}", "2.14.3 or newer is needed")
     return path
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 class Broker:

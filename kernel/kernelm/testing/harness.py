@@ -71,6 +71,8 @@ class System:
         self._how, self._manifests = kernel, manifests or {}
         self._buses: list[Bus] = []
         self._members: list[tuple[Member, asyncio.Task[None]]] = []
+        self._nodes: list[InlineNode] = []
+        self._memories: dict[str, str] = {}  # folder of plain artifacts, by further machine
 
     async def __aenter__(self) -> "System":
         self.broker.write_config()
@@ -152,6 +154,7 @@ class System:
         """A node whose instances are tasks of this process: see `InlineNode`."""
         bus = await self.connect(name)
         node = InlineNode(bus, self.broker.url, self.home / "scratch", plugins)
+        self._nodes.append(node)
 
         async def build(_: dict[str, Any]) -> InlineNode:
             return node
@@ -162,12 +165,28 @@ class System:
     async def service(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start `python -m kernelm_<name>` with a token of its own; returns when it is ready."""
         identity = "node-local" if name == "node" else name
-        token = self.home / "run" / "tokens" / identity
+        await self._joining(identity, self.home / "run" / "tokens" / identity, name, f"kernelm_{name}", environment)
+        return self.processes[name]
+
+    async def machine(self, name: str, home: Path) -> tuple[str, ...]:
+        """Start a further machine, which shares no folder with the first: the node `name` and, beside it, a mirror of the artifact
+        store, with the folder `home`. Again, with the same, where its processes have ended. Their names in `processes`, when they
+        are ready: node-<name> is the last."""
+        if name not in self._memories:
+            self._memories[name] = tempfile.mkdtemp(prefix=f"kernelm-{name}-", dir="/dev/shm")
+        mirror = f"artifacts-{name}"
+        environment = {"KERNELM_HOME": str(home), "KERNELM_ARTIFACTS_PLAIN": self._memories[name], "KERNELM_MIRROR": mirror}
+        modules = {mirror: "kernelm_artifacts.mirror", f"node-{name}": "kernelm_node"}
+        for member, module in modules.items():
+            await self._joining(member, home / f"{member}.token", member, module, environment)
+        return tuple(modules)
+
+    async def _joining(self, identity: str, token: Path, name: str, module: str, environment: dict[str, str]) -> None:
+        """Start the process `name`, with a token for `identity`, and wait until it is ready."""
         write_secret(token, self.authority.token(identity))
         since = time.time()
-        self._spawn(name, f"kernelm_{name}", KERNELM_TOKEN_FILE=str(token), **environment)
-        await self.ready(identity, 30, since)
-        return self.processes[name]
+        self._spawn(name, module, **environment, KERNELM_TOKEN_FILE=str(token))
+        await self.ready(identity, 60, since)
 
     def _spawn(self, name: str, module: str, **environment: str) -> None:
         env = {**os.environ, "KERNELM_URL": self.broker.url, "KERNELM_HOME": str(self.home), **environment}
@@ -203,6 +222,9 @@ class System:
             member.stopping.set()
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(task, 5)
+        for node in self._nodes:  # what it has started, where it had no time left for that: without a broker, say
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(node.on_stop(), 5)
         for name in reversed(list(self.processes)):
             if name != "broker":
                 self.processes[name].terminate()
@@ -216,5 +238,5 @@ class System:
                 await bus.close()
         self.processes["broker"].kill()
         await asyncio.to_thread(self.processes["broker"].wait)
-        if self._temporary:
-            shutil.rmtree(self.home, ignore_errors=True)
+        for folder in (*self._memories.values(), *([str(self.home)] if self._temporary else [])):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kernelm_sdk.bus import Bus
+from kernelm_sdk.endings import heard, last_words
 from kernelm_sdk.enrollment import join
-from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.plugin import Context, Plugin, load_plugin
 from kernelm_sdk.runner import Member
 from kernelm_sdk.system import (
@@ -41,13 +42,15 @@ class InlineNode:
         self.members: dict[str, tuple[Member, asyncio.Task[None]]] = {}  # those that run
         self.started: list[str] = []
         self.stopped: list[str] = []
+        self._over = False
 
     async def on_start(self) -> None:
         """Nothing to prepare."""
 
     async def on_stop(self) -> None:
-        for instance in list(self.members):
-            await self.kill(instance)
+        self._over = True
+        while self.members:  # one may end by itself while another is killed
+            await self.kill(next(iter(self.members)))
 
     async def start(self, request: StartInstance, call: Any) -> Running:
         key = request.source or request.plugin
@@ -61,6 +64,9 @@ class InlineNode:
     async def _begin(self, request: StartInstance, key: str) -> None:
         manifest, name = self.manifests[key], request.instance
         bus = await Bus.connect(self.url, await join(self.url, request.token))
+        if self._over:  # meanwhile: nobody would end it any more
+            await bus.close()
+            raise KernelFault("stopping", f"the node stops: {name} was not started", "start it on another node", retriable=True)
         folder = self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         context = Context(bus, name, request.pool, manifest, folder)
@@ -82,20 +88,23 @@ class InlineNode:
 
     def _ended(self, instance: str, task: asyncio.Task[None]) -> None:
         del self.members[instance]
-        code, why = 0, ""
+        code, why, fault = 0, "", None
         if task.cancelled():
             code, why = -9, "killed"
         elif error := task.exception():
             code, why = 1, f"{type(error).__name__}: {error}"
-        report = ExitReport(instance, code, why)
+            _, fault = heard(last_words(error).splitlines()) if isinstance(error, Fault) else ([], None)
+        report = ExitReport(instance, code, why, fault)
         told = asyncio.ensure_future(self.bus.call(Kernel.exited, report, timeout_s=5.0, patience_s=5.0))
         told.add_done_callback(lambda t: t.cancelled() or t.exception())  # a kernel that is gone learns it from the lease
 
     async def kill(self, instance: str) -> None:
         """End an instance as `kill -9` would: nothing is flushed, and its exit is reported as a failure."""
         member, task = self.members[instance]
-        await member.bus._client.close()
-        task.cancel()
+        for each in (task, *member.beside):  # none may complain of the connection, which is closed for it to tell nobody
+            each.cancel()
+        await member.bus._link.close(0)
+        await asyncio.wait([task])
 
     async def stop(self, request: InstanceName, call: Any) -> Empty:
         if entry := self.members.get(request.instance):

@@ -389,7 +389,7 @@ def _raise_if_fault(msg: Msg, subject: str) -> None:
 def _of_nats(error: Exception, subject: str) -> Fault:
     if isinstance(error, nats.errors.MaxPayloadError):
         return ClientFault("too_large", f"{subject}: the message is larger than the broker's limit",
-                           "send a reference to an artifact instead")  # fmt: skip
+                           "send a reference to an artifact instead", limit="broker")  # fmt: skip
     return KernelFault("disconnected", f"{subject}: {error}", "is the broker up?", retriable=True)
 
 

@@ -29,6 +29,7 @@ class Fault(Exception):
 
     whose: ClassVar[Whose] = "kernel"
     status: ClassVar[int] = 500  # the class in HTTP terms; a code of its own is in STATUS
+    loading = False  # a plugin raised it while it loaded, and its machine is not to blame (endings.py)
 
     def __init__(self, code: str, message: str, remedy: str = "", *, retriable: bool = False, **details: Any) -> None:
         super().__init__(message)

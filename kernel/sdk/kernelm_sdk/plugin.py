@@ -16,6 +16,7 @@ from kernelm_sdk import checkpoints
 from kernelm_sdk.contract import Contract
 from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_sdk.events import Event
+from kernelm_sdk.nearest import field_hint
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Manifest, Progress, PutArtifact, Resources, Restart
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def parse_manifest(text: str, where: str) -> Manifest:
     try:
         return msgspec.convert({"entry": "", **tomllib.loads(text)}, Manifest)  # which of the two there is, Manifest looks
     except (ValueError, msgspec.ValidationError) as error:
-        raise ClientFault("invalid_manifest", f"{where}: {error}", "see kernel/PROTOCOL.md, 'The manifest'") from None
+        hint = field_hint(error, Manifest)
+        raise ClientFault("invalid_manifest", f"{where}: {error}",
+                          f"{hint}{'; ' if hint else ''}see kernel/PROTOCOL.md, 'The manifest'") from None  # fmt: skip
 
 
 def find_manifests() -> tuple[dict[str, Manifest], dict[str, str]]:
@@ -105,7 +108,7 @@ class Job(Call):
         self.peers: tuple[str, ...] = ()
         self.cancelled = ""  # the reason, once it is
         self.latest = Progress()
-        self.report: Callable[..., Coroutine[Any, Any, None]] | None = None  # set by the runner: (checkpoint, address="", note="")
+        self.report: Callable[..., Coroutine[Any, Any, None]] | None = None  # set by the runner: its `report`
         self.changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -149,11 +152,16 @@ class Job(Call):
         folder = await self.context.artifact(self.checkpoint)
         if not (why := checkpoints.why_anew(folder, self.context.manifest, format)):
             return folder
+        await self.begins_anew(why)
+        return None
+
+    async def begins_anew(self, why: str) -> None:
+        """Say on the job's record, and in an event, why the work begins at the beginning although there is a checkpoint: `resume`
+        does where its format is another one, a plugin where what it holds does not fit what is made of the request now."""
         self.context.log.warning("%s: %s", self.id, why)
         self.progress(0.0, "load", why)
         if self.report is not None:
-            await self.report("", note=why)
-        return None
+            await self.report("", note=why, left=self.checkpoint)
 
     async def save(self, folder: Path, *, format: int = 0, passing: bool = False, **metadata: Any) -> str:
         """Store `folder` as a checkpoint and make it the one to resume from; its digest. A `passing` one is erased once a later
@@ -233,7 +241,8 @@ def load_plugin(manifest: Manifest, context: Context, settings: dict[str, Any], 
     try:
         return factory(context, msgspec.convert(settings, factory.Settings))
     except msgspec.ValidationError as error:
-        raise PluginFault("invalid_settings", f"settings of {manifest.name}: {error}", "correct the pool's settings") from None
+        raise PluginFault("invalid_settings", f"settings of {manifest.name}: {error}",
+                          field_hint(error, factory.Settings) or "correct the pool's settings") from None  # fmt: skip
 
 
 def implemented(plugin: Plugin, identifiers: tuple[str, ...]) -> dict[str, Any]:

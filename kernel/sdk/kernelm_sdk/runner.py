@@ -6,7 +6,6 @@ in the background and reported on through `work/1`, every report with the job's 
 
 import asyncio
 import contextlib
-import errno
 import importlib
 import logging
 import math
@@ -15,10 +14,10 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 import uvloop
 
@@ -26,13 +25,13 @@ from kernelm_sdk import logs, tracing
 from kernelm_sdk.bus import Bus, Credentials, Served, encode, handlers_of
 from kernelm_sdk.contract import CONTRACTS, Method
 from kernelm_sdk.discovery import Discovery
+from kernelm_sdk.endings import last_words, loading
 from kernelm_sdk.enrollment import join, new_seed, renew
-from kernelm_sdk.errors import ClientFault, Fault, FaultBody, KernelFault, PluginFault
+from kernelm_sdk.errors import ClientFault, Fault, PluginFault
 from kernelm_sdk.health import answer
+from kernelm_sdk.jobs import JobsInHand
 from kernelm_sdk.plugin import (
     Context,
-    Job,
-    JobCancelled,
     Manifest,
     Plugin,
     find_manifests,
@@ -41,25 +40,21 @@ from kernelm_sdk.plugin import (
     read_manifest,
 )
 from kernelm_sdk.relay import reachable
+from kernelm_sdk.shares import Share
 from kernelm_sdk.system import (
     CancelJob,
     ContractVersion,
-    Dispatch,
     DrainRequest,
     Empty,
     Hello,
     Kernel,
     Probe,
     Ready,
-    Report,
-    Work,
 )
 
 log = logging.getLogger("kernelm.runner")
 ORPHAN_S = 60.0  # without a broker for so long, an instance ends itself
-REPORT_EVERY_S = 0.5
 TOKEN_S = 30.0  # a new token is laid down for each start, by somebody else (kernelm_authority.tokens)
-REMEMBERED = 1000  # jobs that are over, with their epochs
 
 
 class Member:
@@ -67,14 +62,14 @@ class Member:
 
     def __init__(self, bus: Bus, name: str, plugin: str, version: str, contracts: tuple[str, ...], max_jobs: int = 1) -> None:
         self.bus, self.name, self.plugin, self.version, self.contracts = bus, name, plugin, version, contracts
-        self.max_jobs, self.begun = max_jobs, time.time()
+        self.begun = time.time()
         self.own_process, self.orphaned = True, False
         self.state, self._lease_ttl_s = "starting", 0
-        self.jobs: dict[str, tuple[Job, asyncio.Task[None]]] = {}
-        self.over: dict[str, int] = {}  # job -> last epoch of it that ended here
+        self.jobs = JobsInHand(bus, name, max_jobs)
         self.stopping = asyncio.Event()
         self.implementation: Any = None
         self.served: Served | None = None
+        self.beside: list[asyncio.Task[None]] = []  # what goes on beside its work
         self._connected_at = time.monotonic()
 
     async def run(self, build: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
@@ -84,10 +79,11 @@ class Member:
         health = await answer(self.unready) if self.own_process else None
         welcome = await self.bus.call(Kernel.hello, hello, timeout_s=5.0, patience_s=60.0)
         self._lease_ttl_s = welcome.lease_ttl_s
-        lease = asyncio.create_task(self._renew_lease(welcome.lease_ttl_s))
+        self.beside.append(asyncio.create_task(self._renew_lease(welcome.lease_ttl_s)))
         try:
-            self.implementation = await build(welcome.settings)
-            await self.implementation.on_start()
+            with loading():
+                self.implementation = await build(welcome.settings)
+                await self.implementation.on_start()
             models = tuple(self.implementation.models()) if hasattr(self.implementation, "models") else ()
             handlers = self._handlers(welcome.contracts) | handlers_of(self, "plugin/1")
             self.served = await self.bus.serve(handlers, pool=welcome.pool, instance=self.name, models=models)
@@ -99,19 +95,19 @@ class Member:
             await self._until_stopping(self.bus.call(Kernel.ready, Ready(self.name, models), timeout_s=5.0, patience_s=60.0))
             log.info("%s is ready in pool %s", self.name, welcome.pool)
             self.state = ""
-            telling = asyncio.create_task(self.bus.meter.run(self.bus))
+            self.jobs.share()
+            self.beside.append(telling := asyncio.create_task(self.bus.meter.run(self.bus)))
             await self.stopping.wait()
             self.state = "stopping"
             telling.cancel()
             await self.served.fence(30.0)
             with contextlib.suppress(Fault):  # the job table is away too: what was not yet told is not waited for
                 await self.bus.meter.tell(self.bus)
-            for job, task in list(self.jobs.values()):
-                job.cancelled = "the instance stops"
-                task.cancel()
+            self.jobs.leave()
             await self.implementation.on_stop()
         finally:
-            lease.cancel()
+            for task in self.beside:  # also where it is cancelled, as a task of another's process
+                task.cancel()
             if health is not None:
                 health.close()
 
@@ -136,7 +132,8 @@ class Member:
             beside = getattr(self.implementation, "addressed", {})  # what it answers when asked itself, and is no route for
             return handlers_of(self.implementation, *contracts) | beside
         handlers = implemented(self.implementation, contracts)
-        return {k: (m, self._accept(m, tracing.job(m, h)) if m.kind == "job" else h) for k, (m, h) in handlers.items()}
+        take = partial(self.jobs.accepting, self.implementation.context)
+        return {k: (m, take(m, tracing.job(m, h)) if m.kind == "job" else h) for k, (m, h) in handlers.items()}
 
     async def _reconnected(self) -> None:
         self._connected_at = time.monotonic()
@@ -167,97 +164,17 @@ class Member:
                 async with asyncio.timeout(max(min(begun + pause - time.monotonic(), max(due - time.time(), 0.2)), 0.0)):
                     await self.bus.ended.wait()
 
-    # ---- jobs ----
-
-    def _accept(self, method: Method, handler: Callable[..., Any]) -> Callable[..., Any]:
-        async def accept(dispatch: Dispatch, call: Any) -> Empty:
-            if call.caller != "jobs":
-                raise ClientFault("permission_denied", f"{method.name} is a job: submit it with jobs/1.submit")
-            old = self.jobs.get(dispatch.job)
-            if (old and old[0].epoch >= dispatch.epoch) or self.over.get(dispatch.job, 0) >= dispatch.epoch:
-                return Empty()  # handed over twice
-            if old:
-                await self._cancel(old[0], old[1], f"epoch {dispatch.epoch} has it now")
-            if len(self.jobs) >= self.max_jobs:
-                raise ClientFault("busy", f"{self.name} has {len(self.jobs)} of {self.max_jobs} jobs", retriable=True)
-            try:
-                request = msgspec.json.decode(dispatch.request, type=method.request)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                what = f"{method.contract.id()}.{method.name}"
-                raise ClientFault("invalid", f"{what}: {error}", "correct the stage's `with`") from None
-            job = Job(self.implementation.context, call.caller, dispatch.job, dispatch.epoch, dispatch.attempt,
-                      dispatch.checkpoint, dispatch.run, dispatch.name)  # fmt: skip
-            job.resources, job.rank, job.peers, job.address = dispatch.resources, dispatch.rank, dispatch.peers, dispatch.address
-            self.jobs[job.id] = (job, asyncio.create_task(self._work(job, handler, request)))
-            return Empty()
-
-        return accept
-
-    async def _work(self, job: Job, handler: Callable[..., Any], request: Any) -> None:
-        async def report(checkpoint: str, address: str = "", note: str = "") -> None:
-            await self._report(job, Report(job.id, job.epoch, job.latest, checkpoint, address=address, note=note))
-
-        job.report = report
-        reporter = asyncio.create_task(self._report_progress(job))
-        result: dict[str, Any] | None = None
-        fault: FaultBody | None = None
-        try:
-            result = msgspec.to_builtins(await handler(request, job))
-        except (JobCancelled, asyncio.CancelledError) as error:
-            log.info("job %s/%d was taken away: %s", job.id, job.epoch, job.cancelled or error)
-        except Fault as error:
-            fault = error.body()
-        except MemoryError:
-            fault = PluginFault("out_of_memory", f"{job.name or job.id} ran out of memory", "give the stage more memory_mb").body()
-        except Exception as error:  # a bug of the plugin: the log has the trace, the record a line
-            log.exception("job %s failed", job.id)
-            fault = _unexpected(error, self.name).body()
-        finally:
-            reporter.cancel()
-        if job.cancelled == "" and (result is not None or fault is not None):
-            with contextlib.suppress(Fault):  # stale: somebody else has it; nothing else can be done about it here
-                await self._report(job, Report(job.id, job.epoch, None, "", result, fault))
-        if self.jobs.get(job.id, (None,))[0] is job:
-            del self.jobs[job.id]
-            self.over[job.id] = job.epoch  # its dispatch may come once more, late: that must not begin it again
-            if len(self.over) > REMEMBERED:
-                del self.over[next(iter(self.over))]
-
-    async def _report_progress(self, job: Job) -> None:
-        while True:
-            await job.changed.wait()
-            job.changed.clear()
-            with contextlib.suppress(KernelFault):  # the next one will tell
-                await self._report(job, Report(job.id, job.epoch, job.latest), patience_s=0.0)
-            await asyncio.sleep(REPORT_EVERY_S)
-
-    async def _report(self, job: Job, report: Report, patience_s: float = 600.0) -> None:
-        try:
-            await self.bus.call(Work.report, report, timeout_s=10.0, patience_s=patience_s)
-        except ClientFault as fault:
-            if fault.code in ("stale_epoch", "not_found"):
-                job.cancelled = job.cancelled or fault.message
-            raise
-
-    async def _cancel(self, job: Job, task: asyncio.Task[None], reason: str) -> None:
-        job.cancelled = reason
-        done, _ = await asyncio.wait([task], timeout=5.0)  # from a thread it leaves at its next `progress`
-        if not done:
-            task.cancel()
-
     # ---- plugin/1 ----
 
     async def probe(self, request: Empty, call: Any) -> Probe:
         served = self.served
-        return Probe(self.name, time.time() - self.begun, tuple(f"{j.id}/{j.epoch}" for j, _ in self.jobs.values()),
+        return Probe(self.name, time.time() - self.begun, tuple(f"{j.id}/{j.epoch}" for j, _ in self.jobs.working.values()),
                      served.in_flight if served else 0, served.answered if served else 0, served.failed if served else 0,
                      round(psutil.Process().memory_info().rss / 2**20, 1), tuple(served.latency) if served else (),
                      round(served.busy_s, 6) if served else 0.0)  # fmt: skip
 
     async def cancel(self, request: CancelJob, call: Any) -> Empty:
-        job, task = self.jobs.get(request.job, (None, None))
-        if job is not None and task is not None and job.epoch <= request.epoch:
-            await self._cancel(job, task, request.reason or "cancelled")
+        await self.jobs.cancel(request)
         return Empty()
 
     async def drain(self, request: DrainRequest, call: Any) -> Probe:
@@ -265,20 +182,13 @@ class Member:
             self.served.tasks.discard(asyncio.current_task())
             until = time.monotonic() + request.deadline_s
             await self.served.fence(request.deadline_s, keep_instance=True)
-            if work := [task for _, task in self.jobs.values()]:  # those that don't end go on elsewhere, from a checkpoint
+            if work := [task for _, task in self.jobs.working.values()]:  # those that don't end go on elsewhere, from a checkpoint
                 await asyncio.wait(work, timeout=max(until - time.monotonic(), 0.0))
         return await self.probe(Empty(), call)
 
     async def stop(self, request: Empty, call: Any) -> Empty:
         asyncio.get_running_loop().call_later(0.05, self.stopping.set)  # after this call's answer is out
         return Empty()
-
-
-def _unexpected(error: Exception, instance: str) -> PluginFault:
-    """What is told of what a job raised that is no fault: a full disk is the node's matter, all else a bug."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return PluginFault("disk_full", f"there was no room for its files: {error}", "free some room on the disk of that node")
-    return PluginFault("internal", f"{type(error).__name__}: {error}", f"see the log of {instance}")
 
 
 def _renewal(credentials: Credentials) -> float:
@@ -337,12 +247,15 @@ async def run_instance(environment: Mapping[str, str], stopping: asyncio.Event |
     scratch.mkdir(parents=True, exist_ok=True)
     bus = await _connect(environment)
     try:
-        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch, float(environment.get("KERNELM_CPU", 0)),
+        cores = float(environment.get("KERNELM_CPU", 0))
+        context = Context(bus, name, environment["KERNELM_POOL"], manifest, scratch, cores,
                           int(environment.get("KERNELM_MEMORY_MB", 0)), environment.get("KERNELM_MIRROR", ""))  # fmt: skip
         _import(manifest)  # declares its contracts
         member = Member(bus, name, plugin, manifest.version, manifest.contracts, manifest.max_jobs)
         if stopping is not None:
             member.stopping, member.own_process = stopping, False
+        else:
+            member.jobs.granted = Share(cores).grant
 
         async def build(settings: dict[str, Any]) -> Plugin:
             return load_plugin(manifest, context, settings)
@@ -378,12 +291,12 @@ def _stop_on_signals(stopping: asyncio.Event, wanted: bool) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
 
 
-def _main(main: Callable[[], Any], name: str = "") -> int:
+def _main(main: Callable[[], Any], name: str = "") -> int:  # "" for an instance, whose log its node reads
     logs.configure(name)
     try:
         return int(uvloop.run(main()))
     except Fault as fault:
-        print(fault, file=sys.stderr)
+        print(fault if name else last_words(fault), file=sys.stderr)
         return 1
 
 

@@ -127,12 +127,14 @@ class CompressRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     model: str  # digest
     dataset: str  # digest: trained on its train split, measured on its validation split
-    method: Literal["int8", "int4", "prune", "distill", "gguf"]  # "gguf": a file for llama.cpp with weights of 8 bits
+    method: Literal["int8", "int4", "prune", "distill", "gguf", "gptq"]  # "gguf": a file for llama.cpp with weights of 8 bits;
+    # "gptq": integers in the format of compressed-tensors, which vLLM serves
     prune: Prune = Prune()
     train: TrainRequest | None = None  # how a pruned model recovers (None: not at all), how a student learns; as it is for
     # "distill" it names the student, by `base` or `architecture`. Dataset, structure, and base or teacher are filled in
     budget_s: float = 3600.0  # that the trainings may take
     rounds: int = 5  # of the measurement of a causal model, in which both take turns
+    scheme: Literal["W4A16", "W8A8"] = "W4A16"  # of "gptq": bits of weights and activations; A16 are bfloat16
 
 
 class Change(Struct, frozen=True):
@@ -149,8 +151,9 @@ class Change(Struct, frozen=True):
 class Compressed(Struct, frozen=True):
     model: str  # digest, whose card has all of this
     method: str
-    before: Measurement  # of causal models `latency_ms` is that of a token of an answer, `throughput` tokens/s of reading
-    after: Measurement  # measured in turns with it; of a GGUF as transformers reads it, in bfloat16: its time is not llama.cpp's
+    before: Measurement  # of causal models `latency_ms` is that of a token of an answer, `throughput` tokens/s of reading, and
+    # `energy_j` that of a token that is read
+    after: Measurement  # measured in turns with it; of "gguf" and "gptq" as transformers reads it: its time is not its server's
     change: Change
     without: Measurement | None = None  # the pruned model before its recovery; the student trained alike without a teacher
     gain: Change | None = None  # of `after` over that one
@@ -180,5 +183,5 @@ class Optimizer(Contract, name="optimizer", major=1):
     @job
     async def compress(self, request: CompressRequest, job: Job) -> Compressed:
         """Make one model smaller by one method, and measure it beside what it was made from. ClientFault `invalid`,
-        `invalid_model` (it can't be compressed so) or `budget_too_small`."""
+        `invalid_model` (it can't be compressed so), `not_installed` (what the method needs) or `budget_too_small`."""
         ...

@@ -158,7 +158,6 @@ class ModelState(Struct, frozen=True, gc=False):
     priority: int = 0
     type: str = ""  # of the devices
     zero_after_s: float = 0.0  # without a call for so long it goes to zero, where `minimum` is; 0 for as the scheduler is set
-    within: Literal["", "node"] = ""  # all replicas on one node
 
 
 class ClusterState(Struct, frozen=True, gc=False):

@@ -204,6 +204,7 @@ class Measurement(Struct, frozen=True):
     bytes: int  # of the artifact on disk
     memory_mb: float  # growth of the resident set by loading it
     load_s: float
+    energy_j: float = 0.0  # of all processors, for a document of the split in batches; 0 where it can't be read
 
 
 class Measured(Struct, frozen=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from kernelm_contracts.energy import Meter
 from kernelm_contracts.trainer import Scores
 from kernelm_sdk.errors import ClientFault, Fault, PluginFault
 
@@ -29,6 +30,7 @@ class Task(NamedTuple):
 class Speed(NamedTuple):
     latencies_ms: list[float]  # one document each, from text to ranked labels
     throughput: float  # documents/s over the whole split, in batches
+    energy_j: float  # a document of it; 0 where it can't be read
 
 
 class Corpus(NamedTuple):
@@ -79,7 +81,7 @@ class Examination:
 
     def speed(self, turn: int) -> Speed:
         """One turn: documents one by one, then the split in batches."""
-        return Speed(self._latencies(turn), self._throughput())
+        return Speed(self._latencies(turn), *self._throughput())
 
     def _latencies(self, turn: int) -> list[float]:
         from kernelm_encoder.answers import rank
@@ -93,16 +95,17 @@ class Examination:
             latencies.append((perf_counter() - started) * 1e3)
         return latencies
 
-    def _throughput(self) -> float:
+    def _throughput(self) -> tuple[float, float]:
+        """(documents/s, joules a document)"""
         import numpy as np
 
         model, texts, step = self._model, self._corpus.texts, self._max_batch
-        started = perf_counter()
+        meter, started = Meter(), perf_counter()
         logits = [model.run([model.tokenize(text) for text in texts[i : i + step]]).logits for i in range(0, len(texts), step)]
-        throughput = len(texts) / (perf_counter() - started)
+        throughput, energy_j = len(texts) / (perf_counter() - started), meter.joules() / len(texts)
         columns = [model.card.labels.index(label) for label in self._corpus.labels]
         self._logits = np.concatenate(logits)[:, columns]
-        return throughput
+        return throughput, energy_j
 
     def scores(self) -> Scores:
         """Quality by what the last `speed` predicted."""

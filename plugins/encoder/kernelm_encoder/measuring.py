@@ -71,7 +71,8 @@ class Examinee:
             latency_ms=median(median(speed.latencies_ms) for speed in self.speeds),
             latency_p99_ms=latencies[math.ceil(0.99 * len(latencies)) - 1],  # nearest rank, over all rounds
             throughput=median(speed.throughput for speed in self.speeds),
-            bytes=self.loaded.size, memory_mb=self.loaded.memory_mb, load_s=self.loaded.load_s)  # fmt: skip
+            bytes=self.loaded.size, memory_mb=self.loaded.memory_mb, load_s=self.loaded.load_s,
+            energy_j=median(speed.energy_j for speed in self.speeds))  # fmt: skip
 
 
 def check_request(request: MeasureRequest) -> None:

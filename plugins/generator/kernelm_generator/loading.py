@@ -66,6 +66,9 @@ def read_config(folder: Path) -> Any:
     if not list(folder.glob("*.safetensors")):
         raise _invalid("model.safetensors", "the file is missing")
     config = _call("config.json", transformers.AutoConfig.from_pretrained, folder)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
+        raise ClientFault("invalid_model", "config.json: the weights are of compressed-tensors, which vLLM reads, not this server",
+                          "deploy it with `--plugin vllm`, or the model that it was made from")  # fmt: skip
     if config.is_encoder_decoder:
         if config.model_type not in TYPES:
             raise _invalid("config.json", f"`model_type` {config.model_type!r} is no encoder-decoder that this server can batch: "

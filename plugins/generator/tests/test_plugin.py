@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,12 @@ async def test_embeddings_are_the_mean_of_the_last_states(tiny: Path) -> None:
     assert reply.tokens == 12
 
 
+def integers_of_others(folder: Path) -> None:
+    config = msgspec.json.decode((folder / "config.json").read_bytes())
+    config |= {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (folder / "config.json").write_bytes(msgspec.json.encode(config))
+
+
 async def test_a_model_that_does_not_fit_is_not_loaded(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Fault, match="are granted") as caught:
         async with serving(tiny, memory_mb=300):
@@ -128,6 +135,7 @@ async def test_a_model_that_does_not_fit_is_not_loaded(tiny: Path, caplog: pytes
         (lambda folder: (folder / "model.gguf").write_bytes(b"GGUF"), "invalid_model", "model.gguf: a GGUF is read by llama.cpp"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "invalid_model", "tokenizer.json: the file is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "invalid_model", "model.safetensors: the file is missing"),
+        (integers_of_others, "invalid_model", "of compressed-tensors, which vLLM reads"),
         (lambda folder: (folder / "config.json").write_text("{"), "invalid_model", "config.json: transformers can't load it"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bloom"}'), "invalid_model", "takes no positions"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), "invalid_model", "no causal language model"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
+from kernelm_contracts.energy import Meter
 from kernelm_contracts.optimizer import Change
 from kernelm_contracts.server import Measurement
 from kernelm_contracts.splits import batches, files
@@ -60,18 +61,19 @@ def measured(folders: Mapping[str, Path], dataset: Path, rounds: int) -> dict[st
         loaded[name], memory[name] = time.perf_counter() - began, (psutil.Process().memory_info().rss - before) / 2**20
     _check(models, documents)
     costs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in models}
-    spent = dict.fromkeys(models, 0.0)
+    spent, used, meter = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), Meter()
     for ids in documents:
         for name, model in models.items():
             began = time.perf_counter()
             costs[name].append(_cost(model, ids))
             spent[name] += time.perf_counter() - began
+            used[name] += meter.joules()
     laps: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):  # the first one warms up
         for name, model in models.items():
             took = [1000 * lap for lap in _decoded(model, documents[0][:PROMPT])]
             laps[name] += took if turn else []
-    return {name: _figures(name, folder, costs[name], laps[name], spent[name], memory[name], loaded[name])
+    return {name: _figures(name, folder, costs[name], laps[name], spent[name], memory[name], loaded[name], used[name])
             for name, folder in folders.items()}  # fmt: skip
 
 
@@ -106,14 +108,14 @@ def _decoded(model: Any, prompt: torch.Tensor) -> Iterator[float]:
 
 
 def _figures(name: str, folder: Path, costs: list[tuple[float, int, int]], laps: list[float], spent_s: float, memory_mb: float,
-             load_s: float) -> Figures:  # fmt: skip
+             load_s: float, used_j: float) -> Figures:  # fmt: skip
     losses, tokens, hits = (list(column) for column in zip(*costs, strict=True))
     total = int(sum(tokens))
     loss = sum(losses) / total
     scores = Scores("validation", len(costs), sum(hits) / total, 0.0, 0.0, loss, tokens=total, perplexity=float(np.exp(loss)))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     p99 = quantiles(laps, n=100)[-1]
-    measurement = Measurement(name, scores, median(laps), p99, total / spent_s, size, max(memory_mb, 0.0), load_s)
+    measurement = Measurement(name, scores, median(laps), p99, total / spent_s, size, max(memory_mb, 0.0), load_s, used_j / total)
     return Figures(measurement, [float(x) for x in losses], [int(x) for x in tokens])
 
 

@@ -18,6 +18,7 @@ from kernelm_optimizer.auto import right_of
 from kernelm_optimizer.children import Children, result_of
 from kernelm_optimizer.folder import read_card, write_card
 from kernelm_optimizer.measuring import Measuring, Unmeasured
+from kernelm_optimizer.oneshot import SAMPLES, Scheme, missing
 from kernelm_sdk.checkpoints import invalid_checkpoint
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import Job
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 STATE, FORMAT = "compression.json", 1  # of checkpoints: raise it when `_State` changes
 INTEGERS = {"int8": 8, "int4": 4}
-CAUSAL_ALONE = (*INTEGERS, "gguf")  # methods of causal models alone, which train nothing
+CAUSAL_ALONE = (*INTEGERS, "gguf", "gptq")  # methods of causal models alone, which train nothing
 CALIBRATION = 64  # documents of the train split that show what of a model does least
 MADE, TRAINED, MEASURED = 0.1, 0.7, 0.95  # where each phase ends, as a share of the job
 Figured = tuple[dict[str, Measurement], dict[tuple[str, str], Change]]  # by role; by (role before, role after)
@@ -55,6 +56,8 @@ def checked(request: CompressRequest) -> None:
         raise _invalid(f"method {request.method!r} with prune = {shares}", 'give a share with method "prune", and only there')
     if request.method in CAUSAL_ALONE and request.train:
         raise _invalid(f"method {request.method!r} trains nothing", "leave train out")
+    if request.method != "gptq" and request.scheme != "W4A16":
+        raise _invalid(f"method {request.method!r} with scheme {request.scheme!r}", 'leave scheme out: it is of method "gptq"')
     if request.method == "distill" and request.train is None:
         raise _invalid('method "distill" has no train', "name the student by train.base or train.architecture")
 
@@ -69,6 +72,9 @@ class Compression:
         self.begun, self.state = time.monotonic(), _State()
 
     async def run(self) -> Compressed:
+        if self.request.method == "gptq" and (why := missing()):
+            raise ClientFault("not_installed", f'compress: method "gptq": {why}', "give the optimizer one of its own: `kernelm "
+                              "plugin replace optimizer/1 optimizer --runtime venv`; int8 and int4 need none")  # fmt: skip
         if folder := await self.job.resume(FORMAT):
             try:
                 self.state = msgspec.json.decode((folder / STATE).read_bytes(), type=_State)
@@ -103,6 +109,8 @@ class Compression:
             await self._once("after", _integers, source, card, INTEGERS[request.method])
         elif request.method == "gguf":
             await self._once("after", _gguf, source, card)
+        elif request.method == "gptq":
+            await self._once("after", _gptq, source, card, request.scheme, dataset)
         elif request.method == "prune":
             await self._once("pruned", _pruned, source, card, request.prune, dataset)
             if request.train is not None:
@@ -189,6 +197,8 @@ class Compression:
         card = read_card(folder)
         costs = (f"{before.bytes / 1e6:.2f} MB before, {after.bytes / 1e6:.2f} after; latency {before.latency_ms:.2f} ms before, "
                  f"{after.latency_ms:.2f} after")  # fmt: skip
+        if after.energy_j:
+            costs += f"; energy {1000 * before.energy_j:.3g} mJ before, {1000 * after.energy_j:.3g} after"
         notes = [f"{self.request.method} of {self.request.model}: {costs}", changes["before", "after"].text]
         if gain is not None:
             what = "before its recovery" if self.request.method == "prune" else "trained alike without a teacher"
@@ -212,6 +222,13 @@ def _gguf(source: Path, target: Path, card: ModelCard) -> None:
     from kernelm_optimizer.gguf_export import export
 
     export(source, target, card)
+
+
+def _gptq(source: Path, target: Path, card: ModelCard, scheme: Scheme, dataset: Path) -> None:
+    from kernelm_optimizer.causal import rows
+    from kernelm_optimizer.oneshot import gptq
+
+    gptq(source, target, card, scheme, rows(dataset, "train", SAMPLES))
 
 
 def _side_by_side(models: Mapping[str, str], folders: Mapping[str, Path], dataset: Path, rounds: int,

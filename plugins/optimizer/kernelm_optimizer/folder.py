@@ -27,6 +27,12 @@ def read_card(folder: Path) -> ModelCard:
         raise ClientFault("invalid_model", f"{path.name}: {error}", "give the digest of a model artifact") from None
 
 
+def need_floats(card: ModelCard, change: str = "be quantized", remedy: str = "") -> None:
+    """ClientFault `invalid_model` where the weights are integers already: they can't `change` once more."""
+    if card.precision not in ("fp32", "bf16"):
+        raise ClientFault("invalid_model", f"model {card.name!r} can't {change}: it is {card.precision} already", remedy)
+
+
 def write_card(folder: Path, card: ModelCard) -> None:
     """`model.json`, and the card's scores as `evaluation.json`."""
     for name, content in (("model.json", card), ("evaluation.json", card.scores)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kernelm_contracts.trainer import ModelCard
-from kernelm_optimizer.folder import write_card
+from kernelm_optimizer.folder import need_floats, write_card
 from kernelm_optimizer.gguf_models import add, finish
 from kernelm_sdk.errors import ClientFault
 
@@ -28,9 +28,7 @@ GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # ho
 def export(source: Path, target: Path, card: ModelCard) -> None:
     """Write the Llama in `source` to the new folder `target`, as FILE with Q8_0 matrices. ClientFault `invalid_model` if it is of
     another architecture, has a tokenizer that llama.cpp would read otherwise, or integers already."""
-    if card.precision not in ("fp32", "bf16"):
-        raise ClientFault("invalid_model", f"model {card.name!r} can't become a GGUF: it is {card.precision} already",
-                          "give the model that it was made from")  # fmt: skip
+    need_floats(card, "become a GGUF", "give the model that it was made from")
     import gguf
     import torch
     import transformers

@@ -10,7 +10,7 @@ from torch import nn
 
 from kernelm_contracts.quantized import METHOD, Int4Linear, Int8Embedding, Int8Linear, int4, int8, layers
 from kernelm_contracts.trainer import ModelCard
-from kernelm_optimizer.folder import write_smaller
+from kernelm_optimizer.folder import need_floats, write_smaller
 from kernelm_optimizer.gguf_export import FILE
 from kernelm_sdk.errors import ClientFault
 
@@ -36,8 +36,7 @@ def load_causal(folder: Path) -> nn.Module:
 def integers(source: Path, target: Path, card: ModelCard, bits: int) -> None:
     """Write the model in `source` with weights of `bits` bits to the new folder `target`. ClientFault `invalid_model` if it is not
     in floating point."""
-    if card.precision not in ("fp32", "bf16"):
-        raise ClientFault("invalid_model", f"model {card.name!r} can't be quantized: it is {card.precision} already")
+    need_floats(card)
     model = load_causal(source)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     tied = head.weight is embedding.weight  # type: ignore[union-attr]

@@ -56,7 +56,8 @@ def markdown(findings: Findings, trials: "Sequence[Trial]" = ()) -> str:
     """The report for people, in GitHub's Markdown."""
     parts = [f"# Search {findings.name}", _verdict(findings), _table(findings.rows),
              "Accuracy and macro F1 are those of the validation split. Latency is that of one document (median; p99 in "
-             "brackets), throughput that of the whole split in batches, memory what loading adds to the process.",
+             "brackets), throughput that of the whole split in batches, memory what loading adds to the process"
+             + (", energy that of all processors for a document in batches." if _has_energy(findings.rows) else "."),
              "![Accuracy against latency](report.png)"]
     if trials:
         parts.append(_search(findings, trials))
@@ -84,19 +85,25 @@ def _verdict(findings: Findings) -> str:
 
 
 def _table(rows: "Sequence[Row]") -> str:
+    energy = _has_energy(rows)
     header = ("candidate", "structure", "algorithm", "precision", "accuracy", "macro F1", "latency ms", "documents/s",
-              "size MB", "memory MB", "outcome")
-    return _grid(header, "llllrrrrrrl", [_cells(row) for row in rows])
+              "size MB", "memory MB", *(["energy mJ"] * energy), "outcome")  # fmt: skip
+    return _grid(header, "llllrrrrrr" + "r" * energy + "l", [_cells(row, energy) for row in rows])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _has_energy(rows: "Sequence[Row]") -> bool:
+    """Whether the machine that measured counts it."""
+    return any(row.measurement and row.measurement.energy_j for row in rows)
+
+
+def _cells(row: Row, energy: bool) -> tuple[str, ...]:
     name = f"**{row.name}**" if row.outcome == "winner" else row.name
     what = (name, row.structure, row.algorithm, row.precision)
     if row.measurement is None:
-        return (*what, *[""] * 6, row.outcome)
+        return (*what, *[""] * (6 + energy), row.outcome)
     m = row.measurement
     return (*what, _percent(m.scores.accuracy), _percent(m.scores.macro_f1), f"{m.latency_ms:.2f} ({m.latency_p99_ms:.2f})",
-            f"{m.throughput:.0f}", _mb(m.bytes), f"{m.memory_mb:.0f}", row.outcome)
+            f"{m.throughput:.0f}", _mb(m.bytes), f"{m.memory_mb:.0f}", *([_mj(m.energy_j)] * energy), row.outcome)
 
 
 def _search(findings: Findings, trials: "Sequence[Trial]") -> str:
@@ -117,6 +124,8 @@ def _side_by_side(before: Measurement, after: Measurement) -> str:
         ("size MB", _mb(before.bytes), _mb(after.bytes), _times(before.bytes, after.bytes)),
         ("memory MB", f"{before.memory_mb:.0f}", f"{after.memory_mb:.0f}", _times(before.memory_mb, after.memory_mb)),
     ]
+    if after.energy_j:
+        figures.append(("energy mJ", _mj(before.energy_j), _mj(after.energy_j), _times(before.energy_j, after.energy_j)))
     return ("## int8 beside the model it was made from\n\nMeasured in turns, in one run of their own.\n\n"
             + _grid(("", "before", "int8", "gain"), "lrrr", figures))
 
@@ -133,6 +142,10 @@ def _cell(text: Any) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def _mj(joules: float) -> str:
+    return f"{1000 * joules:.3g}"
 
 
 def _mb(size: int) -> str:

@@ -19,10 +19,11 @@ from kernelm.testing.shapes import shape
 from kernelm_contracts.optimizer import Candidate, Dimension, Search
 from kernelm_contracts.server import Measured
 from kernelm_contracts.trainer import TrainRequest
-from kernelm_optimizer import compress, plugin
+from kernelm_optimizer import compress, searching
 from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.hooks import GROUP
-from kernelm_optimizer.plugin import FORMAT, OptimizerPlugin
+from kernelm_optimizer.plugin import OptimizerPlugin
+from kernelm_optimizer.searching import FORMAT
 from kernelm_optimizer.settings import Settings
 from kernelm_optimizer.study import Trial
 from kernelm_sdk.errors import ClientFault, PluginFault
@@ -94,7 +95,7 @@ async def test_a_winner_that_is_int8_already_is_not_quantized_again(world, tfidf
 
 async def test_the_budget_cancels_what_is_under_way(world, monkeypatch):
     clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
-    monkeypatch.setattr("kernelm_optimizer.plugin.time", clock)
+    monkeypatch.setattr("kernelm_optimizer.searching.time", clock)
     monkeypatch.setattr("kernelm_optimizer.children.time", clock)
     job = world.job()
     searching = asyncio.create_task(world.search(GOOD, ENDLESS, job=job, budget_s=3600.0, quantize=False))
@@ -159,13 +160,13 @@ async def test_a_search_begins_anew_where_the_checkpoint_is_of_another_version(w
 
 
 def test_the_format_of_checkpoints_goes_with_what_they_hold():
-    """If this fails, raise FORMAT in plugin.py or compress.py, and put the new pair here."""
-    assert (FORMAT, shape(plugin._State, Trial)) == (1, "28a9a46b1b26bda5")
+    """If this fails, raise FORMAT in searching.py or compress.py, and put the new pair here."""
+    assert (FORMAT, shape(searching._State, Trial)) == (2, "2f03bf4f358307e7")
     assert (compress.FORMAT, shape(compress._State)) == (1, "e269430013b476ad")
 
 
 async def test_what_an_earlier_attempt_spent_counts_against_the_budget(world):
-    checkpoint = await world.checkpoint(search='{"spent_s": 100.0, "children": {}}')
+    checkpoint = await world.checkpoint(FORMAT, search='{"spent_s": 100.0, "children": {}}')
     with pytest.raises(ClientFault, match="budget of 60 s was spent before it could start"):
         await world.search(GOOD, job=world.job(2, checkpoint), budget_s=60)
     assert world.jobs == {}
@@ -200,7 +201,7 @@ async def test_an_export_that_fails_costs_the_int8_variant_only(world, monkeypat
     def quantize(*_: Any) -> None:
         raise RuntimeError("unsupported operator")
 
-    monkeypatch.setattr("kernelm_optimizer.plugin.quantize", quantize)
+    monkeypatch.setattr("kernelm_optimizer.searching.quantize", quantize)
     found = await world.search(GOOD)
     assert found.winner == "good"
     assert found.rows[1].outcome == "not measured: RuntimeError: unsupported operator"

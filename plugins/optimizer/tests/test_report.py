@@ -48,6 +48,19 @@ def test_the_report_says_who_won_by_which_figures_and_what_was_not_measured():
     assert "| processor | some \\| processor |" in lines
 
 
+def test_energy_has_a_column_where_the_machine_counts_it():
+    assert "energy" not in markdown(FINDINGS)
+    used = msgspec.structs.replace(INT8, energy_j=0.0421)
+    rows = (*ROWS[:4], msgspec.structs.replace(ROWS[4], measurement=used))
+    before = msgspec.structs.replace(ENCODER, energy_j=0.1)
+    text = markdown(msgspec.structs.replace(FINDINGS, rows=rows, int8=used, int8_reference=before))
+    lines = text.splitlines()
+    assert next(line for line in lines if line.startswith("| candidate")).endswith("| memory MB | energy mJ | outcome |")
+    assert next(line for line in lines if line.startswith("| **adamw-int8**")).endswith("| 46 | 42.1 | winner |")
+    assert "| energy mJ | 100 | 42.1 | 2.38x |" in lines
+    assert "energy that of all processors" in text
+
+
 def test_without_an_int8_variant_nothing_is_said_of_one():
     plain = msgspec.structs.replace(FINDINGS, rows=ROWS[:4], winner="adamw", int8=None, int8_reference=None, conditions={})
     assert "int8" not in markdown(plain)

@@ -12,6 +12,7 @@ import pytest
 from kernelm.testing.harness import until
 from kernelm_contracts.optimizer import Candidate, Dimension, Search
 from kernelm_contracts.trainer import TrainRequest
+from kernelm_optimizer.searching import FORMAT
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import Progress
 
@@ -122,7 +123,7 @@ async def test_trials_that_are_late_are_cancelled_and_do_not_count(world, monkey
     with pytest.raises(ClientFault, match="no candidate was trained within budget_s = 0"):
         await world.search(job=world.job(3), search=searched(*space), budget_s=0.0)
     clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
-    for module in ("plugin", "children", "trials"):
+    for module in ("searching", "children", "trials"):
         monkeypatch.setattr(f"kernelm_optimizer.{module}.time", clock)
     searching = asyncio.create_task(world.search(job=job, search=searched(*space), budget_s=3600.0, quantize=False))
     await until(lambda: len(world.jobs) == 2, 30.0)
@@ -180,7 +181,7 @@ async def test_a_search_that_is_taken_over_keeps_its_trials_while_it_submits_its
     mine = Candidate("mine", train=TrainRequest("", structure="tfidf-linear", seed=5))
     before = [{"number": 0, "parameters": {"epochs": 1}, "state": "failed", "why": "the loss is nan"}]
     left = json.dumps({"spent_s": 1.0, "children": {}, "trials": before})
-    job = world.job(2, await world.checkpoint(search=left))
+    job = world.job(2, await world.checkpoint(FORMAT, search=left))
     saved = []
     monkeypatch.setattr(job, "save", lambda folder, **_: _read(folder, saved))
     await world.search(mine, job=job, search=searched(EPOCHS), quantize=False)

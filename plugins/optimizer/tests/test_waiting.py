@@ -70,7 +70,7 @@ async def test_trials_that_were_measured_stand_though_they_can_not_be_compared(w
 
 async def test_trainings_that_can_not_begin_are_given_up_with_their_reason(world, monkeypatch):
     clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
-    for module in ("plugin", "children", "trials"):
+    for module in ("searching", "children", "trials"):
         monkeypatch.setattr(f"kernelm_optimizer.{module}.time", clock)
     monkeypatch.setattr("kernelm_optimizer.trials.WAIT_S", 0.1)
     world.waits = lambda spec: True

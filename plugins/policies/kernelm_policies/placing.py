@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+from kernelm_contracts.deployments import WAITS
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, PendingJob, PlacedJob, Share
 
 Job = PendingJob | PlacedJob
@@ -240,7 +241,7 @@ def _in_order(state: ClusterState, jobs: dict[str, Job], before: dict[str, tuple
 
 def _waits(state: ClusterState, decisions: list[Decision], reason: str) -> list[Decision]:
     """For the pending jobs of which nothing is decided."""
-    told, why = {d.job for d in decisions}, f"waits: {reason}: others go first"
+    told, why = {d.job for d in decisions}, f"{WAITS}{reason}: others go first"
     return [Decision(j.id, "wait", reason=why) for j in state.pending if j.id not in told]
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kernelm_contracts.scheduler import ClusterState, Decision, NodeState, PendingJob, Share
+from kernelm_contracts.deployments import WAITS
+from kernelm_contracts.scheduler import ClusterState, Decision, ModelState, NodeState, PendingJob, Share, Speed
 from kernelm_sdk.system import Resources
 
 LEAST = {"CPU": 0.001}  # Ray knows no bundle of nothing
-MODEL = "model "  # before the name of a model whose replicas have a group; no job's id has a space
+MODEL = "model "  # before the name of a model whose replicas have a group, and of each that it lacks; no job's id has a space
 TOLERANCE = 1e-6  # cores; sums of decimal fractions are not exact
 
 
@@ -46,19 +47,29 @@ def order(state: ClusterState) -> list[PendingJob]:
     return sorted(state.pending, key=lambda job: (-job.priority, job.submitted, job.id))
 
 
-def waking(state: ClusterState) -> list[PendingJob]:
-    """The first replicas of served models that have none and are called: they wait like jobs, before these."""
+def lacking(state: ClusterState) -> dict[str, list[PendingJob]]:
+    """By model, the replicas that are to be there and aren't: of one that is called and has none, or that has lost a node. They
+    wait like jobs, before these, each by itself: a model answers with those that it has."""
     if "scale" not in state.actions:
-        return []
-    asleep = [m for m in state.models if not m.allocation and m.maximum and (m.arrivals_per_s > 0 or m.queue or m.minimum)]
-    return [PendingJob(MODEL + m.name, m.name, m.request, m.plugins, m.priority, m.tenant, members=max(m.minimum, 1), within="node")
-            for m in sorted(asleep, key=lambda m: (-m.priority, m.name))]  # fmt: skip
+        return {}
+    found = {}
+    for model in sorted(state.models, key=lambda model: (-model.priority, model.name)):
+        called = model.arrivals_per_s > 0 or model.queue > 0
+        least = max(model.minimum, int(called)) if model.maximum else 0
+        like = tuple(Speed(share.type, ()) for share in model.allocation[:1] if share.type)  # all replicas on devices of one type
+        found[model.name] = [PendingJob(f"{MODEL}{model.name} {k}", model.name, model.request, model.plugins, model.priority,
+                                        model.tenant, speeds=like) for k in range(model.replicas + 1, least + 1)]  # fmt: skip
+    return {name: jobs for name, jobs in found.items() if jobs}
 
 
-def scaled(placement: Decision) -> Decision:
-    """The decision on a model that its first replicas got a place."""
-    shares = placement.allocation or (Share(placement.node),)
-    return replace(placement, job=placement.job.removeprefix(MODEL), action="scale", allocation=shares)
+def scaled(model: ModelState, answers: Sequence[Decision]) -> list[Decision]:
+    """The decision on a model of which Ray says `answers` to the replicas that it lacks: some have a place, or it waits for one."""
+    if placed := [answer for answer in answers if answer.action == "place"]:
+        shares = Counter({(share.node, share.type): share.members for share in model.allocation})
+        shares.update((answer.node, share.type) for answer in placed for share in answer.allocation or (Share(answer.node),))
+        where = tuple(Share(node, members, type) for (node, type), members in shares.items())
+        return [replace(placed[0], job=model.name, action="scale", node=where[0].node, allocation=where)]
+    return [replace(answers[0], job=model.name)] if model.replicas < model.minimum else []
 
 
 def held(state: ClusterState) -> dict[str, Wanted]:
@@ -73,7 +84,7 @@ def asked(job: PendingJob, state: ClusterState) -> Wanted | str:
     able = [(node, type) for node in state.nodes if _has_instances(job, node) and (type := device_type(job, node)) is not None]
     able = [(node, type) for node, type in able if node.name not in job.avoid] or able
     if not able:
-        return f"waits: no node has an instance of {' or '.join(job.plugins)} for it, and the devices that it needs"
+        return f"{WAITS}no node has an instance of {' or '.join(job.plugins)} for it, and the devices that it needs"
     speeds = {s.type: max((p.speed for p in s.points), default=0.0) for s in job.speeds}
     of_type: dict[str, list[NodeState]] = {}  # the fastest first
     for node, type in sorted(able, key=lambda found: (-speeds.get(found[1], 0.0), found[1], found[0].name)):
@@ -130,14 +141,14 @@ class Account:
             limit = limits.get(job.tenant, {})
             for what in limit:
                 if asked[what] > 0 and self._held[job.tenant][what] + asked[what] > limit[what] + TOLERANCE:
-                    return f"waits: tenant {job.tenant} would hold more than its {limit[what]:g} {what}"
+                    return f"{WAITS}tenant {job.tenant} would hold more than its {limit[what]:g} {what}"
         return ""
 
     def take(self, job: PendingJob, nodes: Sequence[str]) -> Decision | str:
         """The placement of its members on `nodes`, or why it can't be yet."""
         counts = Counter(nodes)
         where = ", ".join(counts)
-        kept = f"waits: Ray keeps room for it on {where}, "
+        kept = f"{WAITS}Ray keeps room for it on {where}, "
         if not counts.keys() <= self._nodes.keys():
             return f"{kept}of which not all report"
         plugin = next((p for p in job.plugins if all(self._slots[name][p] >= k for name, k in counts.items())), "")
@@ -168,10 +179,10 @@ def waits(job: PendingJob, why: str, remedy: str) -> Decision:
 def answer(job: PendingJob, group: Group | None, account: Account) -> Decision:
     """What becomes of a waiting job of which Ray says `group`; None: Ray was not asked yet."""
     if group is None:
-        return waits(job, "waits: others are before it in Ray's queue", "they start")
+        return waits(job, f"{WAITS}others are before it in Ray's queue", "they start")
     if not group.nodes:
-        why = "waits: Ray has no room for it now" if group.possible else "waits: no nodes of Ray could hold it, were they empty"
-        return waits(job, why, "jobs end, or more nodes of Ray that name their kernelm node in a label")
+        why = f"{WAITS}Ray has no room for it now" if group.possible else f"{WAITS}no nodes of Ray could hold it, were they empty"
+        return waits(job, why, "jobs or deployments end, or more nodes of Ray that name their kernelm node in a label")
     found = account.take(job, group.nodes)
     return found if isinstance(found, Decision) else waits(job, found, "what holds it now ends")
 

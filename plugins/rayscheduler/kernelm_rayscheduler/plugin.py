@@ -1,11 +1,12 @@
 """`scheduler/1` on Ray: what should be there is made so in Ray, and what Ray says becomes decisions."""
 
 import asyncio
+from itertools import chain
 from typing import Any
 
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, Scheduler
 from kernelm_rayscheduler.groups import Groups
-from kernelm_rayscheduler.mapping import Account, Wanted, answer, asked, held, order, scaled, stale, waits, waking
+from kernelm_rayscheduler.mapping import Account, Wanted, answer, asked, held, lacking, order, scaled, stale, waits
 from kernelm_rayscheduler.settings import Settings
 from kernelm_sdk.plugin import Context, Plugin
 
@@ -33,8 +34,9 @@ class RayScheduler(Plugin, Scheduler):
             return Decisions(request.version, tuple(await asyncio.to_thread(self._decided, request)))
 
     def _decided(self, state: ClusterState) -> list[Decision]:
-        models = waking(state)
-        jobs, hindered, wanted = [*models, *order(state)], dict[str, str](), dict[str, Wanted]()
+        replicas, waiting = lacking(state), order(state)
+        jobs = [*chain.from_iterable(replicas.values()), *waiting]
+        hindered, wanted = dict[str, str](), dict[str, Wanted]()
         allowed = Account(state)
         for job in jobs:
             group = allowed.over(job) or asked(job, state)
@@ -47,9 +49,10 @@ class RayScheduler(Plugin, Scheduler):
         groups = self._groups.settled(wanted)
         self._queue = [id for id in wanted if id in groups and not groups[id].nodes]
         account = Account(state)
-        found = [waits(job, hindered[job.id], "an instance, a node, or a larger quota") if job.id in hindered
-                 else answer(job, groups.get(job.id), account) for job in jobs]  # fmt: skip
-        return [*(scaled(d) for d in found[: len(models)] if d.action == "place"), *found[len(models) :]]
+        found = {job.id: waits(job, hindered[job.id], "an instance, a node, or a larger quota") if job.id in hindered
+                 else answer(job, groups.get(job.id), account) for job in jobs}  # fmt: skip
+        models = [(m, [found[job.id] for job in replicas[m.name]]) for m in state.models if m.name in replicas]
+        return [*chain.from_iterable(scaled(model, answers) for model, answers in models), *(found[job.id] for job in waiting)]
 
     def _bring_about(self, running: dict[str, Wanted], waiting: dict[str, Wanted]) -> None:
         """Give up the groups that should not be, then ask for those that should: what runs, then those who wait, in order. In Ray's

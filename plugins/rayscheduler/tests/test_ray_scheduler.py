@@ -211,6 +211,29 @@ async def test_a_model_that_has_gone_to_zero_wakes_when_it_is_called_before_any_
 
 
 @inside
+async def test_a_model_that_lost_a_node_gets_as_many_replicas_again_where_there_is_room_before_any_job(cluster: Cluster) -> None:
+    model = ModelState("m", request=Resources(2.0, 10), plugins=("t",), replicas=1, allocation=(Share("a"),), minimum=4, maximum=4)
+    cluster.models = (model,)
+    cluster.placed["old"] = PlacedJob("old", "b", Resources(2.0, 10), plugins=("t",), allocation=(Share("b"),))
+    for n in range(3):
+        cluster.submit(f"j{n}", 1.0)
+    decision = (await cluster.decided())["m"]
+    assert (decision.action, decision.allocation) == ("scale", (Share("a", 2), Share("b")))  # of three that it lacks, two have room
+    cluster.models = (replace(model, replicas=3, allocation=decision.allocation),)
+    waits = await cluster.round()
+    assert (waits["m"].action, waits["m"].reason) == ("wait", "waits: Ray has no room for it now")
+    assert all(waits[f"j{n}"].action == "wait" for n in range(3))
+    del cluster.placed["old"]
+    decisions = await cluster.round()
+    assert decisions["m"].allocation == (Share("a", 2), Share("b", 2))
+    found = {id: len(group.nodes) for id, group in cluster.plugin._groups.table().items() if group.nodes}
+    assert found == {"model m": 3, "model m 4": 1}
+    cluster.models = (replace(model, replicas=4, allocation=decisions["m"].allocation),)
+    await cluster.round()
+    assert {id for id in cluster.plugin._groups.table() if id.startswith("model")} == {"model m"}
+
+
+@inside
 async def test_quotas_are_kept_which_ray_does_not_know(cluster: Cluster) -> None:
     cluster.tenants = (Tenant("acme", nominal=Resources(2.0, 999), cohort="c"),)
     for n in range(3):

@@ -9,11 +9,12 @@ Filter and score after the Kubernetes scheduling framework, age after Slurm's mu
 from collections.abc import Iterable
 from heapq import heapify, heappop, heapreplace
 
+from kernelm_contracts.deployments import WAITS
 from kernelm_contracts.scheduler import Action, ClusterState, Decision, Decisions, ModelState, PendingJob, PlacedJob, Share
 from kernelm_scheduler.amounts import allocation_of, amount_of, cores, duration, named, plannable, size
 from kernelm_scheduler.backfill import Reservations
 from kernelm_scheduler.elastic import Growing
-from kernelm_scheduler.explain import impossible, misses, waits
+from kernelm_scheduler.explain import impossible, lacks, misses, waits
 from kernelm_scheduler.goodput import Holding, Planning
 from kernelm_scheduler.index import Index
 from kernelm_scheduler.ordering import effective, too_late
@@ -26,7 +27,7 @@ from kernelm_scheduler.settings import Settings
 from kernelm_scheduler.victims import movable
 
 Taken = tuple[Entry, Line]  # the next job of a class, and those behind it
-COMING: Blocked = ("waits: others make room for it", "they stop, at their next checkpoints")
+COMING: Blocked = (f"{WAITS}others make room for it", "they stop, at their next checkpoints")
 
 
 def decide(state: ClusterState, settings: Settings) -> Decisions:
@@ -167,11 +168,6 @@ class Round:
         else:
             heapreplace(heap, (following, line))
 
-    def _lacking(self, ask: Ask) -> Blocked | None:
-        """What the quota is short of, if it is."""
-        lacking = self.ledger.shortage(ask.tenant, ask.whole)
-        return (f"waits: {lacking}", f"jobs of tenant {ask.tenant} end, or a larger quota") if lacking else None
-
     def _short(self, entry: Entry) -> bool:
         """Whether the job ends before the first reservation."""
         return 0 < entry[5] <= self.reservations.until - self.now
@@ -194,7 +190,7 @@ class Round:
         elif never := impossible(ask, self.index, self.ledger):
             self.made.append(Decision(job.id, "reject", reason=never))
             return False
-        elif lacking := self._lacking(ask):
+        elif lacking := lacks(ask, self.index, self.ledger):
             blocked = self._full[ask] = lacking
             if not self._help(job, ask) and self.now - job.submitted >= self.settings.reserve_after_s:
                 self.ledger.withhold(job.tenant, ask.whole)
@@ -313,10 +309,9 @@ class Round:
                            artifacts=(model.artifact,) if model.artifact else ())  # fmt: skip
         ask, added = Ask(model.request, model.plugins, model.tenant, 1, (model.type,) if model.type else ()), 0
         missing = max(count - model.replicas - self._leaving.replicas(probe, ask, count - model.replicas), 0)
-        together = model.within == "node" and not shares  # on which node is decided now; more of them in the next round
-        while added < missing and not (together and added):
-            most = missing if together else 1
-            whole, found = self.room.largest(ask, most, probe.artifacts, lambda a: not self._lacking(a)) or (ask, None)
+        while added < missing:
+            short = self.ledger.shortage(ask.tenant, ask.whole)
+            found = None if short else self.room.find(ask, probe.artifacts)
             if found is None and self.index.actions & {"preempt", "resize"}:
                 freed = free_for(probe, ask, self._offered, self.room, self.ledger, self.changed)
                 if freed is not None:
@@ -324,14 +319,14 @@ class Round:
                     found = freed.found
             if found is None:
                 break
-            share = self.room.take(whole, found)[0]
-            self.ledger.take(model.tenant, whole.whole)
+            share = self.room.take(ask, found)[0]
+            self.ledger.take(model.tenant, ask.whole)
             shares[share.node, share.type] = shares.get((share.node, share.type), 0) + share.members
             plugin, added = found.plugin, added + share.members
         if count > model.replicas and not added:
             if model.replicas < model.minimum:
                 why_not = misses(probe, ask, self.index, self.ledger, self.room) if missing else COMING
-                blocked = self._lacking(ask) or why_not
+                blocked = lacks(ask, self.index, self.ledger) or why_not
                 self.first.append(Decision(model.name, "wait", reason=blocked[0], remedy=blocked[1]))
             return
         allocation = tuple(Share(node, n, type) for (node, type), n in shares.items() if n > 0)

@@ -1,6 +1,5 @@
 """What is left of the nodes while a round goes on, and where a job fits best."""
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -172,14 +171,6 @@ class Room:
         return Score(1.0 - unused, self.locality(i, artifacts), spread, found.score)
 
     # ---- gangs ----
-
-    def largest(self, ask: Ask, most: int, artifacts: tuple[str, ...], may: Callable[[Ask], bool]) -> tuple[Ask, Found] | None:
-        """The most members, up to `most`, that one node holds and that `may` be taken, with their place; None if it holds none."""
-        for members in range(most, 0, -1):
-            whole = Ask(ask.request, ask.plugins, ask.tenant, members, ask.types, within="node")
-            if may(whole) and (found := self.find(whole, artifacts)):
-                return whole, found
-        return None
 
     def crew(self, ask: Ask) -> int:
         """The most members that the instances of one of its plugins could take, were none of them at work."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelm_contracts.scheduler import ClusterState, NodeState, PendingJob, PlacedJob
+from kernelm_contracts.scheduler import ClusterState, ModelState, NodeState, PendingJob, PlacedJob, Share
 from kernelm_scheduler.amounts import CPU_TOLERANCE
 from kernelm_scheduler.policy import Round, decide, order
 from kernelm_scheduler.settings import Settings, Weights
@@ -113,7 +113,7 @@ def one(state: ClusterState, id: str = "a"):
     (ClusterState(1, 1000.0, (node(free=0.9),), (job(cpu=2.0),)), "wait", "waits: needs 2 cores, node local has 0.9 free"),
     (ClusterState(1, 1000.0, (node(),), (job(cpu=4.0),)), "reject", "can never run: needs 4 cores, node local has 2 in all"),
     (ClusterState(1, 1000.0, (), (job(cpu=4.0),)), "wait", "waits: no node has reported"),
-    (ClusterState(1, 1000.0, (node(plugins={}),), (job(),)), "wait", "waits: no plugin of trainer is ready on node local"),
+    (ClusterState(1, 1000.0, (node(plugins={}),), (job(),)), "wait", "waits: plugin trainer is not ready on node local"),
     (ClusterState(1, 1000.0, (node(plugins={"trainer": 0}),), (job(),)), "wait",
      "waits: every instance of trainer on node local is at work"),
     (ClusterState(1, 1000.0, (node(),), (job(cpu=2.0),), quotas={"default": Resources(1.0, 9999)}), "reject",
@@ -125,6 +125,60 @@ def one(state: ClusterState, id: str = "a"):
 def test_reasons_are_for_people(state: ClusterState, action: str, reason: str) -> None:
     decision = one(state)
     assert (decision.action, decision.reason) == (action, reason)
+
+
+def test_who_is_not_ready_is_named_with_the_commands_that_say_why() -> None:
+    bare = [node(name, plugins={}) for name in "abcd"]
+    decision = one(ClusterState(1, 1000.0, tuple(bare[:1]), (job(plugins=("wide:trainer", "other")),)))
+    assert decision.reason == "waits: plugin trainer or other is not ready on node a"
+    for command in ("kernelm plugin list", "kernelm ps --all", "kernelm doctor"):
+        assert f"`{command}`" in decision.remedy
+    decision = one(ClusterState(1, 1000.0, tuple(bare), (job(plugins=("trainer/1",)),)))  # so where no plugin for it is known
+    assert decision.reason == "waits: no plugin that implements trainer/1 is ready on any node that could hold it"
+    assert decision.remedy.startswith("a plugin that implements trainer/1 gets ready there: `kernelm plugin list` says which do")
+
+
+def served(name: str, cpu: float, replicas: int = 1, **more) -> ModelState:
+    return ModelState(name, request=Resources(cpu, 100), replicas=replicas, allocation=(Share("local", replicas),), **more)
+
+
+@pytest.mark.parametrize(("models", "free", "cpu", "remedy"), [
+    ((), 0.5, 1.0, "jobs on node local end, or a node with room"),
+    ((served("words", 0.5, 3),), 0.5, 1.0,
+     "deployment words, with 1.5 cores on node local, is taken away (`kernelm model undeploy words`), or a node with room"),
+    ((served("words", 0.5),), 0.5, 1.0,
+     "jobs on node local end, or deployment words, with 0.5 cores on node local, is taken away (`kernelm model undeploy words`), "
+     "or a node with room"),
+    ((served("words", 0.5),), 0.5, 2.0, "jobs on node local end and deployment words, with 0.5 cores on node local, is taken away "
+                                        "(`kernelm model undeploy words`), or a node with room"),
+    ((served("words", 0.2),), 0.5, 1.0, "jobs on node local end, or a node with room"),  # the model alone would not do
+    (tuple(served(name, 0.1 * (k + 1)) for k, name in enumerate("abcd")), 1.0, 2.0,
+     "one or more of the deployments d, c, b and 1 more, with 1 core on node local, are taken away (`kernelm model undeploy`), "
+     "or a node with room"),
+])  # fmt: skip
+def test_what_would_start_it_names_who_holds_them(models: tuple[ModelState, ...], free: float, cpu: float, remedy: str) -> None:
+    decision = one(ClusterState(1, 1000.0, (node(free=free),), (job(cpu=cpu),), models=models))
+    assert decision.reason == f"waits: needs {cpu:g} core{'s' * (cpu != 1)}, node local has {free:g} free"
+    assert decision.remedy == remedy
+
+
+def test_who_holds_cores_does_not_hold_memory() -> None:
+    full = NodeState("local", Resources(2.0, 1000), Resources(1.0, 100), {"trainer": 4})
+    decision = one(ClusterState(1, 1000.0, (full,), (job(),), models=(served("words", 1.0),)))
+    assert decision.reason == "waits: needs 512 MiB, node local has 100 free"
+    assert decision.remedy == "jobs on node local end, or a node with room"
+
+
+@pytest.mark.parametrize(("models", "placed", "remedy"), [
+    ((served("words", 0.5),), (), "deployment words of tenant default is taken away (`kernelm model undeploy words`), "),
+    ((served("words", 0.5),), (PlacedJob("p", "local", Resources(0.25, 1)),),
+     "jobs of tenant default end, or deployment words of tenant default is taken away (`kernelm model undeploy words`), "),
+    ((served("words", 0.5, tenant="acme"),), (PlacedJob("p", "local", Resources(0.5, 1)),), "jobs of tenant default end, "),
+])  # fmt: skip
+def test_so_does_what_is_said_of_a_quota(models: tuple[ModelState, ...], placed: tuple[PlacedJob, ...], remedy: str) -> None:
+    decision = one(ClusterState(1, 1000.0, (node(),), (job(cpu=0.5),), placed, {"default": Resources(0.75, 9999)}, models=models))
+    assert decision.reason.startswith("waits: needs 0.5 cores, the quota of tenant default has 0")
+    assert decision.remedy == f"{remedy}or a larger quota"
 
 
 def test_a_tighter_node_is_preferred_and_the_reason_says_so() -> None:

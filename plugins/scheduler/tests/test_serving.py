@@ -131,18 +131,22 @@ def test_a_deployment_says_itself_when_it_goes_to_zero() -> None:
     assert wanted(replace(idle, zero_after_s=20.0), idle.scaled + 15.0, RULES)[0] == idle.replicas
 
 
-PAIR = replace(MODEL, replicas=0, allocation=(), minimum=2, maximum=2, arrivals_per_s=0.0, within="node")  # its node was lost
+PAIR = replace(MODEL, replicas=0, allocation=(), minimum=2, maximum=2, arrivals_per_s=0.0)  # its nodes were lost
 
 
-def test_replicas_of_one_node_are_begun_on_the_one_that_holds_most_of_them() -> None:
+def test_replicas_go_to_several_nodes_where_none_has_room_for_all() -> None:
     small = NodeState("a", Resources(4.0, 100), Resources(1.0, 50), {"s": 9})
-    large = replace(small, name="b", free=Resources(3.0, 50))
-    state = ClusterState(1, 1000.0, (small, large), (), models=(PAIR,), actions=("scale",))
+    other = replace(small, name="b", free=Resources(1.5, 50))
+    state = ClusterState(1, 1000.0, (small, other), (), models=(PAIR,), actions=("scale",))
     [decision] = decide(state, Settings()).decisions
-    assert (decision.action, decision.allocation, decision.reason) == ("scale", (Share("b", 2),), "at least 2 replicas")
-    [decision] = decide(replace(state, nodes=(small, replace(large, free=Resources(1.5, 50)))), Settings()).decisions
-    assert [share.members for share in decision.allocation] == [1]
-    assert decision.reason == "at least 2 replicas, 1 more find no room"
+    assert (decision.action, decision.reason) == ("scale", "at least 2 replicas")
+    assert sorted(decision.allocation, key=lambda share: share.node) == [Share("a"), Share("b")]
+    [decision] = decide(replace(state, nodes=(small, replace(other, free=Resources(0.5, 50)))), Settings()).decisions
+    assert (decision.allocation, decision.reason) == ((Share("a"),), "at least 2 replicas, 1 more find no room")
+    left = replace(PAIR, replicas=1, allocation=(Share("b"),))  # one of its nodes was lost
+    [decision] = decide(replace(state, models=(left,)), Settings()).decisions
+    assert Share("b") in decision.allocation or Share("b", 2) in decision.allocation
+    assert sum(share.members for share in decision.allocation) == 2
 
 
 def test_a_model_that_finds_no_room_says_for_what_it_waits() -> None:

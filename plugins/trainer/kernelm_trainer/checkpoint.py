@@ -21,7 +21,6 @@ from torch import nn
 
 from kernelm_contracts.trainer import Scores, TrainRequest
 from kernelm_sdk.checkpoints import invalid_checkpoint
-from kernelm_sdk.errors import ClientFault
 from kernelm_trainer.processes import ALONE, Processes
 
 Tensors = dict[str, torch.Tensor]
@@ -48,6 +47,11 @@ class Position(Struct, forbid_unknown_fields=True):
     first_loss: float = 0.0  # mean of the first steps, nats
     recent_loss: float = 0.0  # exponential mean
     notes: tuple[str, ...] = ()
+
+
+class Misfit(Exception):
+    """A checkpoint is whole, and not of the request and model as they are now; the message says in what. As a job is given those of
+    its own content only, that is a matter of what has changed around it, and costs the progress, not the job."""
 
 
 class Snapshot(NamedTuple):
@@ -110,14 +114,13 @@ def read(folder: Path | None, expected: str, model: nn.Module, optimizers: list[
     """Put the checkpoint in `folder` (of the leading process, which hands it to the others) into `model`, `optimizers` and torch's
     generator; its position and best parameters.
 
-    ClientFault "checkpoint_mismatch" if its fingerprint is not `expected`: it belongs to another request or model;
-    "invalid_checkpoint" if it is not whole. Then nothing was changed.
+    Misfit, in all processes, if its fingerprint is not `expected`; ClientFault "invalid_checkpoint" if it is not whole. Then
+    nothing was changed.
     """
     try:
         position = msgspec.json.decode(processes.shared(folder and folder / STATE), type=Position)
         if position.fingerprint != expected:
-            raise ClientFault("checkpoint_mismatch", "checkpoint: state.json: the fingerprint is of another request or model",
-                              "submit a new job; a job's request and trainer must stay the same")  # fmt: skip
+            raise misfit(processes.agreed(_differences(folder / TENSORS, model) if folder and processes.leads else ""))
         tensors = processes.shared_tensors(folder and folder / TENSORS)
         parameters = {name: tensors[f"model.{name}"] for name in trained(model)}
         generators = tensors["rng"]
@@ -135,6 +138,31 @@ def read(folder: Path | None, expected: str, model: nn.Module, optimizers: list[
     parts = trained(model)
     best = {k.removeprefix("best."): v.clone() for k, v in tensors.items() if k.startswith("best.")}
     return position, {name: processes.part(tensor, parts[name]) for name, tensor in best.items()}
+
+
+def misfit(differences: str = "") -> Misfit:
+    """That a fingerprint is another one; `differences` between its model and the present one, where they are known."""
+    differences = differences or "its fingerprint differs"
+    return Misfit(f"the checkpoint is of another request or model ({differences}): the work begins anew")
+
+
+def _differences(path: Path, model: nn.Module) -> str:
+    """Between the trained parameters in the file `path` and those of `model`, by names and shapes; "" if none can be seen."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = [key for key in set(file.keys()) if key.startswith("model.")]
+            of_file = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+    except (OSError, SafetensorError):
+        return ""
+    here = {f"model.{name}": tuple(p.shape) for name, p in trained(model).items()}
+    kinds = {"it lacks": here.keys() - of_file.keys(), "only it has": of_file.keys() - here.keys(),
+             "of other shapes are": {key for key in here.keys() & of_file.keys() if here[key] != of_file[key]}}  # fmt: skip
+    return "; ".join(f"{kind} {_some(names)}" for kind, names in kinds.items() if names)
+
+
+def _some(keys: set[str]) -> str:
+    first, *others = sorted(key.removeprefix("model.") for key in keys)
+    return first + (f" and {len(others)} more" if others else "")
 
 
 def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors, numbers: dict[str, dict[str, float]],

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from kernelm_contracts.trainer import TrainRequest
 from kernelm_sdk.checkpoints import invalid_checkpoint
-from kernelm_sdk.errors import ClientFault
 from kernelm_trainer import checkpoint, encoder, linear
 from kernelm_trainer.corpus import Corpus
 from kernelm_trainer.encoder import Classifier
@@ -43,7 +42,10 @@ class FrozenLinear:
         self.state = Embedded(checkpoint.fingerprint(request, self.model))
         self.embeddings = np.empty((0, hidden), np.float32)
         if resume is not None:
-            self.state, self.embeddings = _read(resume, self.state.fingerprint, hidden)
+            try:
+                self.state, self.embeddings = _read(resume, self.state.fingerprint, hidden)
+            except checkpoint.Misfit as error:
+                observer.begins_anew(str(error))
         self.rows = [row for split in corpus.splits.values() for row in split.input_ids]
         done = sum(map(len, self.rows[: self.state.documents]))
         self.tokens = sum(map(len, self.rows)) - done  # to embed in this attempt
@@ -98,10 +100,11 @@ class FrozenLinear:
 def _read(folder: Path, expected: str, hidden: int) -> tuple[Embedded, NDArray[np.float32]]:
     try:
         state = msgspec.json.decode((folder / "state.json").read_bytes(), type=Embedded)
+        if state.fingerprint != expected:
+            raise checkpoint.misfit()
         embeddings = load_file(folder / "embeddings.safetensors")["embeddings"]
-    except (OSError, msgspec.DecodeError, SafetensorError, KeyError) as error:
+        if embeddings.shape != (state.documents, hidden):
+            raise ValueError(f"embeddings {embeddings.shape} of {state.documents} documents and {hidden} units")
+    except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise invalid_checkpoint("state.json, embeddings.safetensors", error) from None
-    if state.fingerprint != expected or embeddings.shape != (state.documents, hidden):
-        raise ClientFault("checkpoint_mismatch", "checkpoint: state.json: the fingerprint is of another request or model",
-                          "submit a new job; a job's request and trainer must stay the same")  # fmt: skip
     return state, embeddings

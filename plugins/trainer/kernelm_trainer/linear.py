@@ -72,7 +72,7 @@ def _fit_once(x: Any, y: NDArray[np.int64], algorithm: str, regularization: floa
     if algorithm != "ridge" and np.max(estimator.n_iter_) >= ITERATIONS:
         raise PluginFault("not_converged", f'algorithm "{algorithm}" did not converge in {ITERATIONS} iterations',
                           "lower regularization or take the other algorithm")  # fmt: skip
-    weight, bias = estimator.coef_, np.atleast_1d(estimator.intercept_)
+    weight, bias = np.atleast_2d(estimator.coef_), np.atleast_1d(estimator.intercept_)
     if len(weight) == 1:  # two classes have one score s: its softmax form is (-s/2, s/2)
         weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return Linear(weight.astype(np.float32), bias.astype(np.float32))

@@ -51,9 +51,7 @@ class Training:
         self.optimizers = algorithms.build(request.algorithm, self.model, request.weight_decay)
         self.position = checkpoint.Position(checkpoint.fingerprint(request, self.model))
         self.best: checkpoint.Tensors = {}
-        if processes.agreed(resume is not None):
-            self.position, self.best = checkpoint.read(resume, self.position.fingerprint, self.model, self.optimizers, processes)
-        else:
+        if not self._resumed(resume, observer):
             torch.manual_seed(request.seed + processes.rank)
             memory.choose(self, memory_mb)
             compiling.choose(self)
@@ -197,6 +195,18 @@ class Training:
         taken = checkpoint.take(self.position, self.model, self.optimizers, best, self.processes)
         self.saver.save(taken, self.position.steps, self.lasting())
         self.since = time.monotonic()
+
+    def _resumed(self, resume: Path | None, observer: Observer) -> bool:
+        """Whether the training goes on from a checkpoint: there is one, which fits."""
+        if not self.processes.agreed(resume is not None):
+            return False
+        try:
+            self.position, self.best = checkpoint.read(
+                resume, self.position.fingerprint, self.model, self.optimizers, self.processes)  # fmt: skip
+        except checkpoint.Misfit as error:
+            observer.begins_anew(str(error))
+            return False
+        return True
 
     def take_best(self) -> None:
         parameters = checkpoint.trained(self.model)

@@ -6,13 +6,16 @@ from typing import Protocol
 
 
 class Observer(Protocol):
-    """Who follows a training. Both methods may raise to end it (`JobCancelled`)."""
+    """Who follows a training. All methods may raise to end it (`JobCancelled`)."""
 
     def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None:
         """`fraction` of the whole, 0 to 1."""
 
     def save(self, folder: Path, lasting: bool = False) -> None:
         """Keep the checkpoint in `folder`, which is complete: until the next one, or `lasting`."""
+
+    def begins_anew(self, why: str) -> None:
+        """The checkpoint to resume from was left alone, and why."""
 
 
 class Meter:

@@ -11,13 +11,15 @@ from typing import Any
 
 from kernelm_contracts.trainer import ModelCard, ModelTrained, Scores, Trained, Trainer, TrainRequest
 from kernelm_sdk.plugin import Job, Plugin
+from kernelm_sdk.ports import free_port
 from kernelm_sdk.system import ArtifactName
 from kernelm_trainer.allocator import in_main_arena
 from kernelm_trainer.demand import check_request
 from kernelm_trainer.settings import TrainerSettings
 
 # Of the checkpoints of all structures: raise it when `TrainRequest` (of whose fields their fingerprint is), a state.json or what
-# the tensors are changes. Checkpoints of another format are left alone, and the training begins anew.
+# the tensors are changes. Checkpoints of another format are left alone, and the training begins anew; so it does where one does not
+# fit what is made of the request now, as after the upgrade of a library that renames parameters (`checkpoint.Misfit`).
 FORMAT = 1
 
 
@@ -32,6 +34,9 @@ class JobObserver:
 
     def save(self, folder: Path, lasting: bool = False) -> None:
         self.job.wait(self.job.save(folder, format=FORMAT, passing=not lasting))
+
+    def begins_anew(self, why: str) -> None:
+        self.job.wait(self.job.begins_anew(why))
 
 
 class TrainerPlugin(Plugin, Trainer):
@@ -78,7 +83,7 @@ class TrainerPlugin(Plugin, Trainer):
     async def _together(self, request: TrainRequest, dataset: Path, base: Path | None, checkpoint: Path | None,
                         teacher: Path | None, job: Job) -> Any:  # fmt: skip
         """Train in several processes, here and in the job's other instances. None in all instances but the first."""
-        from kernelm_trainer.workers import Order, Place, free_port, run
+        from kernelm_trainer.workers import Order, Place, run
 
         place = Place()
         if job.peers:

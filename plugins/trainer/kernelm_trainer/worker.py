@@ -46,6 +46,9 @@ class Speaker:
         for old in before:
             shutil.rmtree(old)
 
+    def begins_anew(self, why: str) -> None:
+        self.say(begins_anew=why)
+
 
 def main(path: str) -> int:
     """Train as the order in the file `path` says."""

@@ -10,7 +10,6 @@ import logging
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from msgspec import Struct
 from kernelm_contracts.trainer import ModelCard, TrainRequest
 from kernelm_sdk.children import die_with
 from kernelm_sdk.errors import FaultBody, PluginFault, from_body
+from kernelm_sdk.ports import free_port
 from kernelm_trainer.observer import Observer
 
 ORDER, REPORTS, ANSWERS, LOG = "order.json", "reports.pipe", "answers.pipe", "workers.log"
@@ -59,6 +59,7 @@ class Report(Struct, frozen=True, omit_defaults=True):
     metrics: dict[str, float] = {}
     checkpoint: str = ""  # a folder that waits to be stored; there is an answer
     lasting: bool = False  # it stays beside later ones
+    begins_anew: str = ""  # why, although there was a checkpoint
     fault: FaultBody | None = None
     card: ModelCard | None = None  # it is done
     tokens_per_s: float = 0.0
@@ -86,13 +87,6 @@ class Place(Struct, frozen=True):
     nodes: int = 1
     address: str = ""  # host:port at which the first instance's torchrun is met
     host: str = "127.0.0.1"  # at which the others reach this instance
-
-
-def free_port(host: str) -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def run(order: Order, place: Place, observer: Observer) -> Result | None:
@@ -123,6 +117,7 @@ def _torchrun(order: Order, place: Place) -> Iterator[subprocess.Popen[bytes]]:
                f"--nproc-per-node={order.request.processes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}",
                "--rdzv-id=training", f"--local-addr={place.host}",
                f"--rdzv-conf={conf}", f"--max-restarts={order.request.restarts}", "--monitor-interval=0.2",
+               f"--log-dir={Path(order.work) / 'torchrun'}",  # else a folder for each run stays in the machine's temporary one
                "-m", "kernelm_trainer.worker", str(Path(order.work) / ORDER)]  # fmt: skip
     # A store that is shared between the starts of a group still holds the addresses of the processes that are gone.
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, order.threads)), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -130,7 +125,7 @@ def _torchrun(order: Order, place: Place) -> Iterator[subprocess.Popen[bytes]]:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     with (Path(order.work) / LOG).open("ab") as log:  # nobody would store its checkpoints when this process is gone: it goes too
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
-                                   start_new_session=True, preexec_fn=die_with(os.getpid()))  # fmt: skip
+                                   process_group=0, preexec_fn=die_with(os.getpid()))  # fmt: skip
     try:
         yield process
     finally:
@@ -138,7 +133,7 @@ def _torchrun(order: Order, place: Place) -> Iterator[subprocess.Popen[bytes]]:
             process.terminate()  # it passes this on to its processes
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_S)
-        with contextlib.suppress(ProcessLookupError):  # what is left of the session
+        with contextlib.suppress(ProcessLookupError):  # what is left of its processes
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -172,7 +167,9 @@ def _take(report: Report, work: Path, answers: int, observer: Observer) -> Resul
         raise from_body(report.fault)
     if report.card is not None:
         return Result(work / "model", report.card, report.tokens_per_s)
-    if report.checkpoint:
+    if report.begins_anew:
+        observer.begins_anew(report.begins_anew)
+    elif report.checkpoint:
         fault = None
         try:
             observer.save(Path(report.checkpoint), report.lasting)
@@ -211,5 +208,7 @@ def silent() -> Any:
         def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None: ...
 
         def save(self, folder: Path, lasting: bool = False) -> None: ...
+
+        def begins_anew(self, why: str) -> None: ...
 
     return Silent()

@@ -42,6 +42,7 @@ class Recorder:
         self.reports: list[tuple[float, str, str, dict[str, float]]] = []
         self.checkpoints: list[Path] = []
         self.lasting: list[int] = []  # which of them
+        self.anew: list[str] = []
 
     def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None:
         self.reports.append((fraction, phase, message, metrics))
@@ -53,6 +54,9 @@ class Recorder:
         self.checkpoints.append(kept)
         if len(self.checkpoints) == self.stop_after:
             raise self.Stopped
+
+    def begins_anew(self, why: str) -> None:
+        self.anew.append(why)
 
 
 @pytest.fixture(autouse=True)

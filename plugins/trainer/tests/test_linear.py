@@ -7,7 +7,7 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_trainer import linear
 
 
-@pytest.mark.parametrize("algorithm", ["liblinear", "lbfgs"])
+@pytest.mark.parametrize("algorithm", ["liblinear", "lbfgs", "ridge"])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_probabilities_are_calibrated(algorithm: str, classes: int) -> None:
     x, y = make_classification(4000, 20, n_informative=8, n_classes=classes, class_sep=0.7, flip_y=0.1, random_state=0)

@@ -1,11 +1,13 @@
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kernelm_contracts.trainer import Keep, TrainRequest
 from kernelm_sdk.errors import ClientFault, PluginFault
@@ -81,17 +83,40 @@ def test_checkpoints_are_safetensors_and_json(corpus: Corpus, tiny_bert: Path, t
     assert json.loads((recorder.checkpoints[-1] / "state.json").read_bytes())["step"] == 2
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 2e-3}, {"dataset": "sha256:other"}, {"layers": 1}])
-def test_a_checkpoint_of_another_request_is_refused(
-    change: dict, corpus: Corpus, tiny_bert: Path, tmp_path: Path, recorder_class
+def _of_old_names(folder: Path) -> None:
+    """Make the checkpoint one of a library that called the encoder's parts otherwise."""
+    tensors = load_file(folder / "tensors.safetensors")
+    renamed = {key.replace("model.encoder.", "model.bert."): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "tensors.safetensors")
+    state = json.loads((folder / "state.json").read_bytes())
+    (folder / "state.json").write_text(json.dumps(state | {"fingerprint": "of the names of then"}))
+
+
+@pytest.mark.parametrize(("change", "spoil", "differs"), [
+    ({"learning_rate": 2e-3}, None, "its fingerprint differs"),
+    ({"dataset": "sha256:other"}, None, "its fingerprint differs"),
+    ({"layers": 1}, None, "only it has encoder.encoder.layer.1.attention.output.LayerNorm.bias and 15 more"),
+    ({}, _of_old_names,
+     "it lacks encoder.embeddings.LayerNorm.bias and 36 more; only it has bert.embeddings.LayerNorm.bias and 36 more"),
+])
+def test_a_checkpoint_that_does_not_fit_costs_the_progress_and_not_the_job(
+    change: dict, spoil: Callable[[Path], None] | None, differs: str,
+    corpus: Corpus, tiny_bert: Path, tmp_path: Path, recorder_class
 ) -> None:  # fmt: skip
-    recorder = recorder_class(tmp_path / "kept", 1)
-    with pytest.raises(recorder.Stopped):
-        Training(REQUEST, Classification(REQUEST, corpus, tiny_bert), tmp_path, recorder, None).run()
+    stopped = recorder_class(tmp_path / "kept", 2)
+    with pytest.raises(stopped.Stopped):
+        Training(REQUEST, Classification(REQUEST, corpus, tiny_bert), tmp_path, stopped, None).run()
+    if spoil is not None:
+        spoil(stopped.checkpoints[-1])
     other = msgspec.structs.replace(REQUEST, **change)
-    with pytest.raises(ClientFault, match="another request or model") as caught:
-        Training(other, Classification(other, corpus, tiny_bert), tmp_path, recorder, recorder.checkpoints[0])
-    assert caught.value.code == "checkpoint_mismatch"
+    whole = Training(other, Classification(other, corpus, tiny_bert), tmp_path, recorder_class(tmp_path / "whole"), None)
+    expected, seen = whole.run(), recorder_class(tmp_path / "anew")
+    again = Training(other, Classification(other, corpus, tiny_bert), tmp_path, seen, stopped.checkpoints[-1])
+    assert seen.anew == [f"the checkpoint is of another request or model ({differs}): the work begins anew"]
+    assert again.position.steps == 0
+    assert again.run().validation == expected.validation
+    theirs = parameters(whole)
+    assert all(torch.equal(p, theirs[name]) for name, p in parameters(again).items())
 
 
 def test_half_a_checkpoint_is_refused(corpus: Corpus, tiny_bert: Path, tmp_path: Path, recorder_class) -> None:

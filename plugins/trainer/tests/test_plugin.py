@@ -92,6 +92,24 @@ async def test_another_versions_checkpoint_is_left_alone_and_a_broken_one_is_nam
     assert caught.value.code == "invalid_checkpoint"
 
 
+async def test_a_checkpoint_of_another_model_costs_the_progress_and_the_job_says_so(context: FolderContext) -> None:
+    """As after the upgrade of a library that makes another model of the same request: the job's own checkpoint does not fit."""
+    plugin, notes = TrainerPlugin(context, TrainerSettings(threads=1)), list[str]()
+    request = TrainRequest("sha256:d", base="sha256:b", epochs=1)
+    before = Job(context, "jobs", "j1", 1)
+    await plugin.train(msgspec.structs.replace(request, layers=1), before)
+    job = Job(context, "jobs", "j2", 1, checkpoint=before.checkpoint)
+
+    async def report(checkpoint: str, address: str = "", note: str = "", left: str = "") -> None:
+        notes.extend([note] if note else [])
+
+    job.report = report
+    trained = await plugin.train(request, job)
+    assert trained.validation == (await plugin.train(request, Job(context, "jobs", "j3", 1))).validation
+    assert [note[:54] for note in notes] == ["the checkpoint is of another request or model (it lack"]
+    assert notes[0].endswith("the work begins anew")
+
+
 def test_the_format_of_checkpoints_goes_with_what_they_hold() -> None:
     """If this fails, raise FORMAT in plugin.py, and put the new pair here."""
     from kernelm_trainer.checkpoint import Position

@@ -115,8 +115,15 @@ def test_a_frozen_encoder_resumes_to_the_same_model(
     base, kept = (load_file(f / "model.safetensors") for f in (tiny_bert, whole.folder))
     assert all(np.array_equal(base[key], kept[key]) for key in base)
     other = msgspec.structs.replace(FROZEN, seed=1)
-    with pytest.raises(ClientFault, match="another request or model"):
-        train(other, Folders(news, tmp_path / "d", tiny_bert, stopped.checkpoints[-1]), again)
+    anew = recorder_class(tmp_path / "anew")
+    train(other, Folders(news, tmp_path / "d", tiny_bert, stopped.checkpoints[-1]), anew)
+    assert anew.anew == ["the checkpoint is of another request or model (its fingerprint differs): the work begins anew"]
+    assert len(anew.checkpoints) == 5
+    state = json.loads((stopped.checkpoints[-1] / "state.json").read_bytes())
+    (stopped.checkpoints[-1] / "state.json").write_text(json.dumps(state | {"documents": state["documents"] + 1}))
+    with pytest.raises(ClientFault, match=r"embeddings \(64, 32\) of 65 documents") as caught:
+        train(FROZEN, Folders(news, tmp_path / "e", tiny_bert, stopped.checkpoints[-1]), again)
+    assert caught.value.code == "invalid_checkpoint"
 
 
 def test_a_folder_without_a_card_is_no_model(news: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from kernelm_contracts.trainer import TrainRequest
 from kernelm_sdk.errors import ClientFault, PluginFault
+from kernelm_sdk.ports import free_port
 from kernelm_trainer import workers
 from kernelm_trainer.training import Folders, train
-from kernelm_trainer.workers import Order, Place, free_port, run
+from kernelm_trainer.workers import Order, Place, run
 
 pytestmark = pytest.mark.slow  # each process imports torch and transformers
 REQUEST = TrainRequest("sha256:d", structure="causal-lm", architecture=LLAMA, epochs=1, batch_size=8, learning_rate=3e-3,
@@ -44,6 +46,7 @@ class Losses:
     def __init__(self) -> None:
         self.losses: dict[float, float] = {}
         self.saved: list[str] = []
+        self.anew: list[str] = []
 
     def progress(self, fraction: float, phase: str, message: str = "", **metrics: float) -> None:
         if "loss" in metrics:
@@ -51,6 +54,9 @@ class Losses:
 
     def save(self, folder: Path, lasting: bool = False) -> None:
         self.saved.append((folder / "state.json").read_text())
+
+    def begins_anew(self, why: str) -> None:
+        self.anew.append(why)
 
 
 def living() -> dict[int, list[str]]:
@@ -79,10 +85,15 @@ def order(request: TrainRequest, corpus: Path, work: Path, speaks: bool = True) 
 
 
 @pytest.mark.parametrize(("processes", "sharding"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_losses_are_those_of_one_process(processes: int, sharding: str, corpus: Path, alone: list[float], tmp_path: Path) -> None:
+def test_losses_are_those_of_one_process(
+    processes: int, sharding: str, corpus: Path, alone: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     seen = Losses()
     request = msgspec.structs.replace(REQUEST, processes=processes, sharding=sharding)
     result = run(order(request, corpus, tmp_path), Place(), seen)
+    assert not list((tmp_path / "tmp").glob("torchelastic_*")), "nothing is left outside its folder"
     assert [seen.losses[step] for step in sorted(seen.losses)] == pytest.approx(alone, abs=2e-4)
     assert result is not None
     assert result.card.scores["validation"].loss < alone[0]
@@ -103,6 +114,23 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on_from_the_last_checkpoi
     result = run(order(request, corpus, tmp_path), Place(), seen)
     assert result is not None
     assert '"steps":3' in seen.saved[0]
+    assert [seen.losses[step] for step in sorted(seen.losses)] == pytest.approx(alone, abs=2e-4)
+
+
+def test_a_checkpoint_that_does_not_fit_costs_the_progress_in_all_processes(
+    corpus: Path, alone: list[float], tmp_path: Path
+) -> None:  # fmt: skip
+    class Kept(Losses):
+        def save(self, folder: Path, lasting: bool = False) -> None:
+            shutil.copytree(folder, tmp_path / "kept", dirs_exist_ok=True)
+
+    other = msgspec.structs.replace(REQUEST, processes=1, max_steps=2, architecture=LLAMA | {"num_hidden_layers": 1})
+    train(other, Folders(corpus, tmp_path / "other"), Kept())
+    seen = Losses()
+    given = msgspec.structs.replace(order(REQUEST, corpus, tmp_path / "work"), checkpoint=str(tmp_path / "kept"))
+    assert run(given, Place(), seen) is not None
+    assert len(seen.anew) == 1
+    assert seen.anew[0].startswith("the checkpoint is of another request or model (it lacks model.layers.1.")
     assert [seen.losses[step] for step in sorted(seen.losses)] == pytest.approx(alone, abs=2e-4)
 
 

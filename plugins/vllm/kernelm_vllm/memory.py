@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kernelm_contracts.loading import parameters
-from kernelm_sdk.errors import PluginFault
+from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_vllm.settings import Settings
 
 MB = 2**20
@@ -43,12 +43,12 @@ class Plan(NamedTuple):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`; PluginFault that names the file if it is none."""
+    """`config.json`; ClientFault that names the file if it is none."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         return {**config, **config.get("text_config", {})}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PluginFault("invalid_model", f"config.json: {error}", "deploy a folder of Hugging Face's form: config.json, "
+        raise ClientFault("invalid_model", f"config.json: {error}", "deploy a folder of Hugging Face's form: config.json, "
                           "tokenizer.json, *.safetensors") from None  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card: dict[str, Any] = dict(json.loads(file.read_text())) if file.exists() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise PluginFault("invalid_model", f"model.json: {error}", "correct it, or leave it out") from None
+        raise ClientFault("invalid_model", f"model.json: {error}", "correct it, or leave it out") from None
     return card
 
 
@@ -68,10 +68,10 @@ def base_of(folder: Path) -> str:
 
 
 def require_servable(folder: Path) -> None:
-    """PluginFault where the model's card, if it has one, says that its answers are more than what vLLM computes."""
+    """ClientFault where the model's card, if it has one, says that its answers are more than what vLLM computes."""
     structure = read_card(folder).get("structure", STRUCTURES[0])
     if structure not in STRUCTURES:
-        raise PluginFault("invalid_model", f"model.json: `structure` is {structure!r}, and vLLM serves {', '.join(STRUCTURES)}",
+        raise ClientFault("invalid_model", f"model.json: `structure` is {structure!r}, and vLLM serves {', '.join(STRUCTURES)}",
                           "deploy it with the plugin `encoder`")  # fmt: skip
 
 
@@ -80,12 +80,12 @@ def shape_of(folder: Path, dtype: str) -> Shape:
     config = read_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise PluginFault("invalid_model", "the artifact holds no *.safetensors", "store the model's weights as safetensors")
+        raise ClientFault("invalid_model", "the artifact holds no *.safetensors", "store the model's weights as safetensors")
     quantized = "quantization_config" in config
     try:
         weights = sum(file.stat().st_size if quantized else parameters(file) * BYTES[dtype] for file in files)
     except ValueError as error:
-        raise PluginFault("invalid_model", str(error), "store the model again") from None
+        raise ClientFault("invalid_model", str(error), "store the model again") from None
     try:
         heads = config["num_attention_heads"]
         size = config.get("head_dim") or config["hidden_size"] // heads
@@ -93,7 +93,7 @@ def shape_of(folder: Path, dtype: str) -> Shape:
         return Shape(weights, per_token, config["vocab_size"], config["hidden_size"], config["num_hidden_layers"],
                      config.get("max_position_embeddings") or 2048)  # fmt: skip
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise PluginFault("invalid_model", f"config.json: no usable {error}", "give the sizes of the model there") from None
+        raise ClientFault("invalid_model", f"config.json: no usable {error}", "give the sizes of the model there") from None
 
 
 def base_mb(shape: Shape, settings: Settings) -> int:
@@ -112,7 +112,7 @@ def plan(shape: Shape, settings: Settings, granted_mb: int, available_mb: int) -
     base, bound = base_mb(shape, settings), granted_mb or available_mb
     context = settings.context or shape.positions
     if context > shape.positions:
-        raise PluginFault("invalid_settings", f"`context` is {context}, and the model reads {shape.positions} tokens", "set less")
+        raise ClientFault("invalid_settings", f"`context` is {context}, and the model reads {shape.positions} tokens", "set less")
     whole = math.ceil((context + 2 * settings.block_tokens) * shape.bytes_per_token / MB)  # one call that fills its context
     least = settings.kv_cache_mb or max(LEAST_CACHE_MB, whole if settings.context else 0)
     if base + least > bound:
@@ -124,7 +124,7 @@ def plan(shape: Shape, settings: Settings, granted_mb: int, available_mb: int) -
     cache = settings.kv_cache_mb or max(least, most)
     held = cache * MB // max(shape.bytes_per_token, 1) - 2 * settings.block_tokens
     if settings.context and context > held:
-        raise PluginFault("invalid_settings", f"`context` is {context}, and {cache} MB of cache hold {held} tokens",
+        raise ClientFault("invalid_settings", f"`context` is {context}, and {cache} MB of cache hold {held} tokens",
                           f"set `kv_cache_mb` to {whole} or more")  # fmt: skip
     context = min(context, held)
     return Plan(context, min(settings.max_tokens, context - 1), cache, base + cache)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kernelm.testing.parts import absent
-from kernelm_node.runtimes.venvs import Venvs, requirements_of
+from kernelm_node.runtimes.venvs import Venvs
 from kernelm_sdk.errors import KernelFault
 from kernelm_sdk.plugin import find_manifests
 
@@ -25,10 +25,9 @@ SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
 def venvs() -> Path:
     """The folder of environments, with vLLM's in it: 3.5 GB, minutes. Skipped where it can't be had; in CI failed."""
     folder, manifest = ROOT / "build" / "venvs", find_manifests()[0]["vllm"]
-    wanted = manifest.venv.cpu
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        asyncio.run(Venvs(folder).get(requirements_of("vllm", None, wanted.extras), folder / "vllm.log", wanted.without))
+        asyncio.run(Venvs(folder).of("vllm", None, manifest.venv.cpu, folder / "vllm.log"))
     except KernelFault as fault:
         absent(f"vLLM's environment can't be made here: {fault}")
     return folder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kernelm_sdk.errors import PluginFault
+from kernelm_sdk.errors import ClientFault, PluginFault
 from kernelm_vllm.memory import LIBRARIES_MB, MB, Shape, base_mb, base_of, plan, require_servable, shape_of
 from kernelm_vllm.settings import Settings
 
@@ -47,7 +47,7 @@ def test_quantized_weights_are_as_large_as_their_files(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_folder_that_is_no_model_is_refused_by_file(tmp_path: Path, spoil: Any) -> None:
     spoil(write(tmp_path, {"a": [10]}))
-    with pytest.raises(PluginFault, match=r"config\.json|model\.safetensors|\*\.safetensors") as caught:
+    with pytest.raises(ClientFault, match=r"config\.json|model\.safetensors|\*\.safetensors") as caught:
         shape_of(tmp_path, "auto")
     assert caught.value.code == "invalid_model"
 
@@ -57,13 +57,13 @@ def test_a_model_with_a_head_of_our_own_is_not_served_without_it(tmp_path: Path)
     (tmp_path / "model.json").write_text('{"structure": "causal-lm"}')
     require_servable(tmp_path)
     (tmp_path / "model.json").write_text('{"structure": "encoder"}')
-    with pytest.raises(PluginFault, match="'encoder'"):
+    with pytest.raises(ClientFault, match="'encoder'"):
         require_servable(tmp_path)
     assert base_of(tmp_path) == ""
     (tmp_path / "model.json").write_text('{"base": "sha256:ab"}')
     assert base_of(tmp_path) == "sha256:ab"
     (tmp_path / "model.json").write_text("[1]")
-    with pytest.raises(PluginFault, match=r"model\.json"):
+    with pytest.raises(ClientFault, match=r"model\.json"):
         require_servable(tmp_path)
 
 
@@ -89,9 +89,9 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded() -> None:
         plan(SHAPE, Settings(), 0, base)
     with pytest.raises(PluginFault, match=f"memory_mb = {base + 516}"):  # 8,192 tokens and two blocks of 64 KiB each
         plan(SHAPE, Settings(context=8192), base + 300, 0)
-    with pytest.raises(PluginFault, match="`kv_cache_mb` to 516"):
+    with pytest.raises(ClientFault, match="`kv_cache_mb` to 516"):
         plan(SHAPE, Settings(context=8192, kv_cache_mb=100), base + 1024, 0)
-    with pytest.raises(PluginFault, match="reads 8192 tokens"):
+    with pytest.raises(ClientFault, match="reads 8192 tokens"):
         plan(SHAPE, Settings(context=9000), base + 1024, 0)
 
 

@@ -16,6 +16,7 @@ from kernelm_cli.checking import check
 from kernelm_cli.deploying import deploy as deploy_model
 from kernelm_cli.deploying import history, import_, promote
 from kernelm_cli.dev import dev
+from kernelm_cli.logs import logs
 from kernelm_cli.packing import keygen, pack
 from kernelm_cli.retrieval import ask, recommend, search
 from kernelm_cli.run import run
@@ -29,8 +30,8 @@ app = App(
     help_epilogue="KERNELM_HOME: the home. KERNELM_KEY: the API key. KERNELM_DEBUG=1: tracebacks.",
     error_console=Console(stderr=True),
 )  # fmt: skip
-for command in (up.up, up.down, run, state.ps, state.events, call, chat, search, ask, recommend, usage, doctor.doctor, simulate,
-                backup, restore, backup_key):
+for command in (up.up, up.down, run, state.ps, state.events, logs, call, chat, search, ask, recommend, usage, doctor.doctor,
+                simulate, backup, restore, backup_key):
     app.command(command)
 plugins.app.command(new)
 plugins.app.command(check)

@@ -9,10 +9,10 @@ from typing import Annotated
 import msgspec
 from cyclopts import App, Parameter
 from rich.progress import track
-from rich.table import Table
 
 from kernelm_cli.results import short
 from kernelm_cli.session import Common, Output, connection, megabytes, print_json, stdout
+from kernelm_cli.tables import columns
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.system import Artifact, ArtifactList, ArtifactName, ArtifactQuery, Artifacts, OpenArtifact
@@ -59,12 +59,11 @@ def list_(*, output: Output = Output(), kind: str = "", limit: int = 50) -> int:
     if output.json:
         print_json(artifacts)
         return 0
-    table = Table()
-    for name in ("artifact", "kind", "name", "stored", "files", "MB"):
-        table.add_column(name, justify="right" if name in ("files", "MB") else "left")
+    table = columns("artifact", "kind", "name", "stored", "files", "MB", right=("files", "MB"))
     for a in artifacts:
         stored = time.strftime("%Y-%m-%d %H:%M", time.localtime(a.created))
-        name, size = str(a.metadata.get("name", "")), f"{megabytes(a.files):,.1f}"
+        name = str(next((a.metadata[k] for k in ("name", "plugin", "package", "folder") if a.metadata.get(k)), ""))
+        size = f"{megabytes(a.files):,.1f}"
         table.add_row(short(a.digest), a.kind, name, stored, f"{len(a.files):,}", size)
     stdout().print(table if artifacts else f"no artifacts{f' of kind {kind!r}' if kind else ''}")
     return 0
@@ -88,9 +87,7 @@ def show(digest: Annotated[str, Parameter(name="DIGEST")], /, *, output: Output 
         for key, value in values.items():
             text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
             console.print(f"{title} {key}: {text}", markup=False)
-    table = Table()
-    table.add_column("file")
-    table.add_column("bytes", justify="right")
+    table = columns("file", "bytes", right=("bytes",))
     for file in artifact.files:
         table.add_row(file.path, f"{file.bytes:,}")
     console.print(table)

@@ -14,9 +14,10 @@ from rich.text import Text
 
 from kernelm_cli import faults
 from kernelm_cli.session import Common, connection, print_piece
+from kernelm_cli.swapping import state_of
 from kernelm_contracts.server import GenerateFrame, GenerateRequest, Message, Server
 from kernelm_sdk.bus import Bus
-from kernelm_sdk.errors import Fault, KernelFault
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 
 FIRST_S = 300.0  # for the next piece of an answer
 PATIENCE_S = 120.0  # for a model that is not loaded at the moment
@@ -95,6 +96,14 @@ class Talk:
                                             f"{usage.completion_tokens / seconds:.1f}/s", "dim"))  # fmt: skip
 
 
+async def _require(bus: Bus, name: str) -> None:
+    """ClientFault "unknown_model" for a deployment that neither is there nor is being made: it would be waited for in vain."""
+    state = await state_of(bus)
+    made = {route for swap in state.swaps if not swap.over for route in swap.routes}
+    if name not in made and not any(route.kind == "model" and route.name == name for route in state.routes):
+        raise ClientFault("unknown_model", f"no deployment {name!r} answers", "kernelm model list")
+
+
 async def _stream(bus: Bus, name: str, request: GenerateRequest, show: Callable[[str], object]) -> GenerateFrame:
     """The last frame; what is not there yet (a model that is being loaded) is waited for."""
     until = time.monotonic() + PATIENCE_S
@@ -105,7 +114,13 @@ async def _stream(bus: Bus, name: str, request: GenerateRequest, show: Callable[
                 async for frame in frames:
                     show(frame.text)
             return frame
+        except ClientFault as fault:
+            if fault.code != "unsupported_method" or fault.remedy:
+                raise
+            raise ClientFault(fault.code, f"{name!r} writes no text", "`kernelm call` asks it for labels or entities") from None
         except KernelFault as fault:
+            if fault.code == "no_responders":
+                await _require(bus, name)
             if not fault.retriable or fault.code == "timeout" or time.monotonic() > until:
                 raise
             await asyncio.sleep(min(float(fault.details.get("retry_after_s", 1.0)), 5.0))

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import msgspec
 from cyclopts import App, Parameter
-from rich.table import Table
 from rich.text import Text
 
 from kernelm_cli.results import short
 from kernelm_cli.session import Output, connection, print_json, stdout
+from kernelm_cli.tables import columns
 from kernelm_contracts.data import DatasetCard, Manifest, ShardFile
 from kernelm_contracts.splits import SPLITS, files
 from kernelm_sdk.errors import ClientFault
@@ -110,9 +110,7 @@ def describe(dataset: Dataset, /, *, output: Output = Output()) -> int:
     before = f"; before it: {short(card.parent)}" if card.parent else ""
     out.print(f"[bold]{card.name}[/], version {card.version}{before}"
               + (f", from {card.bytes_in / 1e6:,.1f} MB of input" if card.bytes_in else ""))  # fmt: skip
-    table = Table()
-    for name in ("step", "in", "out", "dropped", "changed"):
-        table.add_column(name, justify="right" if name in ("in", "out") else "left")
+    table = columns("step", "in", "out", "dropped", "changed", right=("in", "out"))
     for step in card.steps:
         table.add_row(step.name, f"{step.documents_in:,}", f"{step.documents_out:,}", _counts(step.reasons), _counts(step.changed))
     out.print(table)

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
-from rich.table import Table
 
 from kernelm_cli import artifacts, shadowing
 from kernelm_cli.models import finish
@@ -18,20 +17,13 @@ from kernelm_cli.results import short
 from kernelm_cli.session import Common, Output, connection, megabytes, print_json, stdout
 from kernelm_cli.shadowing import percent
 from kernelm_cli.sources import visible
-from kernelm_contracts.jobs import (
-    DEPLOY,
-    Deployed,
-    Deployment,
-    DeployRequest,
-    JobRecord,
-    Jobs,
-    JobSpec,
-    KnownAnswer,
-    PastDeployment,
-)
+from kernelm_cli.tables import columns
+from kernelm_contracts.deployments import DEPLOY, Deployed, Deployment, DeployRequest, KnownAnswer, PastDeployment
+from kernelm_contracts.jobs import JobRecord, Jobs, JobSpec
 from kernelm_contracts.shadows import ShadowRequest
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import (
     Artifact,
     ArtifactList,
@@ -165,7 +157,9 @@ def deploy(name: Annotated[str, Parameter(name="NAME")], model: Annotated[str, P
             artifact = await find_model(bus, model)
             if copied:
                 await shadowing.require(bus, name)
-            _raise_if_busy(request.name, await bus.call(Kernel.state, Empty(), patience_s=5.0))
+            state: SystemState = await bus.call(Kernel.state, Empty(), patience_s=5.0)
+            _raise_if_busy(request.name, state)
+            _require_plugin(replicas.plugin, state)
             plugin = replicas.plugin or await _plugin_for(bus, artifact)
             served = msgspec.structs.replace(request, model=artifact.digest, plugin=plugin)
             job: JobRecord = await bus.call(Jobs.submit, job_of(served, replicas, megabytes(artifact.files)), timeout_s=20.0)
@@ -208,6 +202,8 @@ def _known(file: Path | None) -> tuple[KnownAnswer, ...]:
     """The lines of a file of known answers; ClientFault "invalid" that names the line."""
     if file is None:
         return ()
+    if not file.is_file():
+        raise ClientFault("not_found", f"--checks {file} is no file", 'one {"text": ..., "expect": ...} a line')
     found = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
@@ -259,9 +255,7 @@ def history(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output =
     if output.json:
         print_json(rows)
         return 0
-    table = Table()
-    for column in ("generation", "artifact", "plugin", "from", "until"):
-        table.add_column(column, justify="right" if column == "generation" else "left")
+    table = columns("generation", "artifact", "plugin", "from", "until", right=("generation",))
     begun = [deployment.when, *(0.0 for _ in deployment.history)]
     for k, past in enumerate(rows):
         since = begun[k] or (rows[k + 1].until if k + 1 < len(rows) else 0.0)
@@ -272,6 +266,15 @@ def history(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output =
 
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
+
+
+def _require_plugin(name: str, state: SystemState) -> None:
+    """ClientFault "unknown_plugin" for one that is nowhere: the job would wait for it for ever."""
+    manifests = [p.manifest for p in state.plugins] + list(find_manifests()[0].values())  # one may have come since the kernel began
+    known = {m.name for m in manifests if {"server/1", "retriever/1"} & set(m.contracts)}
+    if name and name not in known:
+        remedy = f"there are {', '.join(sorted(known)) or 'none'}; `kernelm plugin replace server/1 PATH` brings another"
+        raise ClientFault("unknown_plugin", f"--plugin {name!r} is no plugin that serves models", remedy)
 
 
 def _raise_if_busy(name: str, state: SystemState) -> None:

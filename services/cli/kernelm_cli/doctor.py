@@ -165,7 +165,7 @@ def _system(home: Path) -> Iterator[Check]:
         alive = find_process(process.pid, process.created) is not None
         again = f", started {process.restarts + 1} times" if process.restarts else ""
         yield Check(name, "ok" if alive else "missing", f"pid {process.pid}{again}" if alive else "is not running",
-                    f"read {home / 'logs' / (name + '.log')}")  # fmt: skip
+                    f"kernelm logs {name}")  # fmt: skip
     yield from _health(home)
 
 

@@ -7,9 +7,9 @@ import traceback
 from cyclopts import CycloptsError
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
+from kernelm_cli.tables import pairs
 from kernelm_sdk.errors import ClientFault, Fault, FaultBody, from_body
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failed, Ctrl-C (128 + SIGINT, as shells have it)
@@ -17,9 +17,7 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failed, Ctrl-C
 
 def panel(fault: Fault) -> Panel:
     """The fault as a panel: message, where (its details), the last lines of a log if it brings some, remedy."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold", no_wrap=True)
-    rows.add_column(overflow="fold")
+    rows = pairs()
     rows.add_row("what", Text(fault.message))
     details = {k: v for k, v in fault.details.items() if k != "log" and v not in ("", None)}
     if details:

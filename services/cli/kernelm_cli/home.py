@@ -12,6 +12,7 @@ import psutil
 
 from kernelm_authority.files import write_secret
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.ports import free_port
 
 LOG_LIMIT = 10 * 2**20  # bytes; a larger log is set aside when its process starts
 
@@ -140,6 +141,8 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 
 def check_port(port: int, option: str, host: str = "127.0.0.1") -> int:
     """`port` if it can be bound (a free one for 0), else ClientFault "port_taken" that names who has it."""
+    if not port:
+        return free_port(host)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's TIME_WAIT is no obstacle
         try:
@@ -147,7 +150,7 @@ def check_port(port: int, option: str, host: str = "127.0.0.1") -> int:
         except OSError as error:
             raise ClientFault("port_taken", f"port {port} ({option}) can't be used: {error.strerror}{_user_of(port)}",
                               f"choose another with {option}, or leave it out for a free one") from None  # fmt: skip
-        return int(probe.getsockname()[1])
+    return port
 
 
 def _user_of(port: int) -> str:

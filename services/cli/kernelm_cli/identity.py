@@ -4,13 +4,13 @@ import asyncio
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.table import Table
 
 from kernelm_authority.identity import Authority
 from kernelm_authority.rotation import rotate as rotate_key
 from kernelm_authority.signing import SigningKey
 from kernelm_cli.keys import date
 from kernelm_cli.session import Output, connection, print_json, running, stdout
+from kernelm_cli.tables import columns
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.system import KeyChanged
 
@@ -33,9 +33,7 @@ def list_(*, output: Output = Output()) -> int:
     if output.json:
         print_json([{"public": k.public, "since": k.since, "until": k.until} for k in keys])
         return 0
-    table = Table()
-    for column in ("signing key", "since", "state"):
-        table.add_column(column, overflow="fold")
+    table = columns("signing key", "since", "state")
     for key in keys:
         table.add_row(key.public, date(key.since) if key.since else "-", _state(key))
     stdout().print(table if keys else "no signing key: the account's own key signs; `kernelm identity rotate` makes one")

@@ -8,11 +8,11 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from kernelm_cli import faults, outlook
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
+from kernelm_cli.tables import columns, pairs
 from kernelm_cli.timeline import Lane, cut, draw, lanes
 from kernelm_cli.view import MARKS, RunDrawing, duration, metrics, outcome, plain, took
 from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobState, RunName, RunRecord, RunView
@@ -49,9 +49,7 @@ def list_(*, output: Output = Output(), state: JobState | None = None, run: str 
         if output.json:
             print_json(found.jobs)
             return 0
-        table = Table()
-        for name in ("", "job", "name", "uses", "state", "node", "took", "progress or result"):
-            table.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
+        table = columns("", "job", "name", "uses", "state", "node", "took", "progress or result", right=("took",))
         now = time.time()
         for job in found.jobs:
             said = outcome(job) if job.finished else f"{job.progress.fraction:.0%} {job.progress.phase} {metrics(job.progress)}"
@@ -95,17 +93,22 @@ async def _either(bus: Bus, id: str) -> JobRecord | RunView:
     return view
 
 
+def _attempt(job: JobRecord) -> str:
+    """The present or last one; a record counts those that have failed."""
+    if not job.started:
+        return ""
+    return f"{min(job.attempt + (job.state != 'dead'), job.spec.attempts) or 1} of {job.spec.attempts}, epoch {job.epoch}"
+
+
 def _print_job(job: JobRecord, console: Console) -> None:
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold")
-    rows.add_column(overflow="fold")
+    rows = pairs()
     times = {n: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for n, t in
              (("submitted", job.submitted), ("started", job.started), ("finished", job.finished)) if t}  # fmt: skip
     state, why = plain(job, time.time()), job.why
     if job.fault and job.state == "dead":  # the panel below has the reason
         state, why = f"FAILED after {duration(took(job, time.time()))}", "" if why == job.fault.message else why
     facts = {"job": job.id, "name": job.spec.name, "uses": job.spec.uses, "run": job.spec.run, "parent": job.spec.parent,
-             "state": state, "attempt": f"{job.attempt} of {job.spec.attempts}, epoch {job.epoch}",
+             "state": state, "attempt": _attempt(job),
              "where": f"{job.instance} on {job.node}" if job.instance else "", "why": why, "checkpoint": job.checkpoint,
              **times}  # fmt: skip
     for name, value in facts.items():

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import App, Parameter
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from kernelm_authority.files import write_secret
 from kernelm_authority.identity import read
 from kernelm_cli.session import Common, Output, connection, print_json, stdout
+from kernelm_cli.tables import columns
 from kernelm_sdk.bus import Credentials
 from kernelm_sdk.credentials import to_file
 from kernelm_sdk.enrollment import new_seed, public_key
@@ -59,7 +59,10 @@ def create(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = 
         It may also manage plugins, pools and routes, over gRPC and HTTP: for programs that deploy.
     """
     seed = new_seed() if nats else ""
-    request = KeyRequest(name, models, methods, tenant, seconds(expires), public_key(seed) if seed else "", admin)
+    try:
+        request = KeyRequest(name, models, methods, tenant, seconds(expires), public_key(seed) if seed else "", admin)
+    except ValueError as error:
+        raise ClientFault("invalid", str(error), "`kernelm model list` has the names; repeat the option for several") from None
     _must_be_new(nats)
 
     async def work() -> KeyCreated:
@@ -137,9 +140,7 @@ def list_(*, output: Output = Output()) -> int:
     if output.json:
         print_json([_told(key) for key in keys])
         return 0
-    table = Table()
-    for column in ("id", "name", "tenant", "models", "methods", "created", "expires", "state"):
-        table.add_column(column)
+    table = columns("id", "name", "tenant", "models", "methods", "created", "expires", "state")
     for key in sorted(keys, key=lambda k: k.created):
         name = f"{key.name} (admin)" if key.admin else key.name
         table.add_row(key.id, name, key.tenant, ", ".join(key.models), ", ".join(key.methods),

@@ -2,21 +2,23 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
 from cyclopts import App, Parameter
-from rich.table import Table
 from rich.text import Text
 
 from kernelm_cli.results import quality, short
 from kernelm_cli.session import Output, connection, megabytes, print_json, stdout
-from kernelm_contracts.jobs import Deployed, Deployment, JobName, JobRecord, Jobs, RollbackDeployment, Undeploy
+from kernelm_cli.tables import columns, pairs
+from kernelm_contracts.deployments import Deployed, Deployment, RollbackDeployment, Undeploy
+from kernelm_contracts.jobs import JobName, JobRecord, Jobs
 from kernelm_contracts.trainer import ModelCard, Trainer
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, from_body
-from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Empty, Kernel, Route, SystemState
+from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, Empty, Instance, Kernel, Route, SystemState
 
 app = App(name=("model", "models"), help="The deployments: models that answer under a name.", version_flags=[])
 
@@ -25,9 +27,9 @@ def _deployments(state: SystemState) -> list[Route]:
     return sorted((r for r in state.routes if r.kind == "model"), key=lambda r: r.name)
 
 
-def _ready(state: SystemState, route: Route) -> int:
+def _ready(state: SystemState, route: Route) -> list[Instance]:
     pools = {d.pool for d in route.to}
-    return sum(i.pool in pools and i.state == "ready" and route.name in i.models for i in state.instances)
+    return [i for i in state.instances if i.pool in pools and i.state == "ready" and route.name in i.models]
 
 
 @app.default
@@ -45,11 +47,9 @@ def list_(*, output: Output = Output()) -> int:
     if output.json:
         print_json(routes)
         return 0
-    table = Table()
-    for name in ("model", "generation", "artifact", "ready", "goes to", "why"):
-        table.add_column(name, justify="right" if name in ("generation", "ready") else "left")
+    table = columns("model", "generation", "artifact", "ready", "goes to", "why", right=("generation", "ready"))
     for route in routes:
-        ready = _ready(state, route)
+        ready = len(_ready(state, route))
         table.add_row(route.name, str(route.generation), short(route.artifact), Text(str(ready), "green" if ready else "red"),
                       ", ".join(f"{d.pool} {d.weight} %" for d in route.to), why_of(route, records))  # fmt: skip
     stdout().print(table if routes else 'no deployments; a stage that uses "deploy" makes one')
@@ -87,12 +87,10 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
     if output.json:
         print_json({"route": route, "artifact": artifact, "card": card, "history": history})
         return 0
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold")
-    rows.add_column(overflow="fold")
+    rows = pairs()
     facts = {"model": f"{route.name}, generation {route.generation}",
              "goes to": ", ".join(f"{d.pool} {d.weight} %" for d in route.to),
-             "ready": f"{_ready(state, route)} instances" + (f" on {deployment.node}" if deployment and deployment.node else ""),
+             "ready": _placed(_ready(state, route), deployment),
              "why": deployment.why if deployment and deployment.waits else "", "artifact": artifact.digest,
              "size": f"{megabytes(artifact.files):.1f} MB in {len(artifact.files)} files",
              "from": ", ".join(f"{k} {v}" for k, v in artifact.lineage.items()),
@@ -110,23 +108,26 @@ def show(name: Annotated[str, Parameter(name="NAME")], /, *, output: Output = Ou
 
 
 @app.command
-def rollback(name: Annotated[str, Parameter(name="NAME")], /, *, canary: int = 0, watch: float = 0.0, why: str = "",
+def rollback(name: Annotated[str, Parameter(name="NAME")], /, *, canary: str = "", watch: float = 0.0, why: str = "",
              output: Output = Output()) -> int:  # fmt: skip
     """Bring back the model that a deployment served before, as a new generation.
 
     Parameters
     ----------
     canary
-        Percent of the calls that it gets while it is watched; 0 for all.
+        Percent of the calls that it gets while it is watched, as 10 or 10%; all of them otherwise.
     watch
         Seconds for which it is watched before the present one is stopped.
     why
         The reason, for the record.
     """
+    from kernelm_cli.shadowing import percent  # here, since it builds upon this module
+
+    share = percent("--canary", canary, 99) if canary else 0
 
     async def work() -> JobRecord:
         async with connection(output.folder) as bus:
-            job: JobRecord = await bus.call(Jobs.rollback, RollbackDeployment(name, canary, watch, why), timeout_s=20.0)
+            job: JobRecord = await bus.call(Jobs.rollback, RollbackDeployment(name, share, watch, why), timeout_s=20.0)
             return await finish(bus, job, output.json)
 
     job = asyncio.run(work())
@@ -163,14 +164,31 @@ def undeploy(name: Annotated[str, Parameter(name="NAME")], /, *, why: str = "", 
     return 0
 
 
+def _placed(ready: list[Instance], deployment: Deployment | None) -> str:
+    """ "2 instances on local", or "3 instances: 2 on local, 1 on other"; where there is none now, the nodes where it was to be."""
+    nodes = Counter(i.node for i in ready if i.node)
+    if len(nodes) > 1:
+        return f"{_counted(len(ready))}: {', '.join(f'{count} on {node}' for node, count in sorted(nodes.items()))}"
+    where = ", ".join(nodes or (deployment.spread if deployment else ()))
+    return _counted(len(ready)) + f" on {where}" * bool(where)
+
+
+def _counted(instances: int) -> str:
+    return f"{instances} {'instance' if instances == 1 else 'instances'}"
+
+
 async def finish(bus: Bus, job: JobRecord, quiet: bool) -> JobRecord:
-    """Show how a replica gets on until it serves, and raise its fault if it does not come to that; Ctrl-C leaves it running."""
-    console = stdout()
+    """Show how a replica gets on until it serves, in lines where there is no terminal, and raise its fault if it does not come to
+    that; Ctrl-C leaves it running."""
+    console, told = stdout(), ""
     shown = console.status(f"job {job.id}") if console.is_terminal and not quiet else contextlib.nullcontext()
     with shown as status:
         while not job.result and job.state not in ("dead", "cancelled", "done"):
             if status is not None:
                 status.update(_state_of(job))
+            elif not quiet and job.state == "queued" and job.why not in ("", told):  # it may wait for ever: say for what
+                console.print(_state_of(job))
+                told = job.why
             await asyncio.sleep(0.2)
             job = await bus.call(Jobs.get, JobName(job.id), timeout_s=5.0, patience_s=60.0)
     if job.state in ("dead", "cancelled"):
@@ -189,4 +207,4 @@ def _card_facts(card: ModelCard | str) -> dict[str, str]:
         return {"card": card}
     return {"structure": f"{card.structure}, {card.format}, {card.precision}, {card.parameters:,} parameters",
             "algorithm": card.algorithm, "labels": ", ".join(card.labels),
-            "reads": f"at most {card.max_tokens} tokens"}  # fmt: skip
+            "reads": f"at most {card.max_tokens} tokens" if card.max_tokens else "texts of any length"}  # fmt: skip

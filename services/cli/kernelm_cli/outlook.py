@@ -11,8 +11,10 @@ from rich.text import Text
 
 from kernelm_cli import run_file
 from kernelm_cli.session import Output, connection, print_json, stdout
+from kernelm_cli.tables import pairs
 from kernelm_cli.view import FINISHED, duration
-from kernelm_contracts.jobs import WAITS, JobName, Jobs, Outlook, Plan, RunName, RunView
+from kernelm_contracts.deployments import WAITS
+from kernelm_contracts.jobs import JobName, Jobs, Outlook, Plan, RunName, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
 
@@ -104,9 +106,7 @@ def _because(outlook: Outlook) -> str:
 
 def _drawn(outlook: Outlook) -> Table:
     """An outlook on one job, a fact a line."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold")
-    rows.add_column(overflow="fold")
+    rows = pairs()
     facts = {"job": f"{outlook.job} ({outlook.name})", "state": outlook.state, "why": _because(outlook)}
     if outlook.action == "wait":
         facts["state"] += ", without a place for what it serves" * (outlook.state == "running")

@@ -10,6 +10,7 @@ from kernelm_cli.results import short
 from kernelm_cli.session import Output, print_json, stdout
 from kernelm_cli.state import system_state
 from kernelm_cli.swapping import headline
+from kernelm_cli.tables import columns
 from kernelm_sdk.plugin import find_manifests
 from kernelm_sdk.system import LoadedPlugin, PoolSpec, SystemState
 
@@ -56,9 +57,7 @@ def _plugins(plugins: list[LoadedPlugin], broken: dict[str, str]) -> Table:
 
 
 def _pools(state: SystemState) -> Table:
-    table = Table()
-    for name in ("pool", "plugin", "runtime", "ready", "serves", "generation", "state"):
-        table.add_column(name, justify="right" if name in ("ready", "generation") else "left", overflow="fold")
+    table = columns("pool", "plugin", "runtime", "ready", "serves", "generation", "state", right=("ready", "generation"))
     back = {s.before: s.pool for s in state.swaps if s.phase == "done"}
     for spec in sorted(state.pools, key=lambda p: (p.plugin, p.pool)):
         mine = [i for i in state.instances if i.pool == spec.pool]

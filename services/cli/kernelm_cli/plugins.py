@@ -154,7 +154,7 @@ def _start(plugin: str, request: LoadRequest, options: Change, allow_unsigned: b
                 found = await trusting.verdicts(bus, wanted.source, allow_unsigned, request.why)
                 if not options.json:
                     console.print(f"trust: {trusting.summary(found)}", highlight=False, markup=False, soft_wrap=True)
-            elif plugin and not options.json:
+            elif plugin and not options.json and await _installed(bus, plugin):
                 console.print(f"trust: {plugin} was installed by the owner of the machine, who is not questioned", highlight=False)
 
             async def ask() -> Swap:
@@ -165,6 +165,11 @@ def _start(plugin: str, request: LoadRequest, options: Change, allow_unsigned: b
 
     asyncio.run(work())
     return 0
+
+
+async def _installed(bus: Bus, plugin: str) -> bool:
+    """Whether the name is an installed plugin's, and not one's that came as an artifact, or nobody's."""
+    return any(p.manifest.name == plugin and not p.source for p in (await state_of(bus)).plugins)
 
 
 async def _complete(bus: Bus, home: Path, plugin: str, source: staging.Source | None, request: LoadRequest) -> LoadRequest:

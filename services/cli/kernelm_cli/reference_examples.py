@@ -25,7 +25,8 @@ from kernelm_cli.reference_models import numbers, untrained
 from kernelm_cli.reference_pages import EXAMPLES, PAGES, Example, Examples
 from kernelm_cli.scaffold import create
 from kernelm_contracts.data import Data, RedactPart, RedactRequest
-from kernelm_contracts.jobs import JobName, JobQuery, Jobs, JobSpec, RollbackDeployment, RunName, RunSpec, Undeploy
+from kernelm_contracts.deployments import RollbackDeployment, Undeploy
+from kernelm_contracts.jobs import JobName, JobQuery, Jobs, JobSpec, RunName, RunSpec
 from kernelm_contracts.optimizer import CompressRequest
 from kernelm_contracts.retriever import AnswerRequest, RecommendRequest, Retriever, SearchRequest
 from kernelm_contracts.server import ClassifyRequest, EmbedRequest, ExtractRequest, GenerateRequest, InfoRequest, Server
@@ -93,8 +94,7 @@ class Recorder:
         elif tokens[0] == "evt" and len(tokens) == 4:
             self.events[".".join(tokens[1:3])] = self._shown(msgspec.json.decode(msg.data))
         elif msg.subject in self._asked:
-            contract, method, request = self._asked.pop(msg.subject)
-            self._answer(contract, method, request, msg)
+            self._answer(*self._asked.pop(msg.subject), msg)
 
     def _request(self, tokens: list[str], msg: Any) -> None:
         name, version, method = tokens

@@ -25,7 +25,7 @@ from kernelm_sdk.contract import Contract, Method
 PAGES = Path("plugins/contracts/reference")
 EXAMPLES = "examples"
 # what every call can be answered with, whoever answers: the SDK's own serving, calling and running
-EVERYWHERE = ("kernelm_sdk.serving", "kernelm_sdk.bus", "kernelm_sdk.runner")
+EVERYWHERE = ("kernelm_sdk.serving", "kernelm_sdk.bus", "kernelm_sdk.runner", "kernelm_sdk.jobs")
 KINDS = {"unary": "one request, one answer", "streamed": "one request, a stream of answers; the last message is empty",
          "job": "a job: answered `{}` at once, and reported on through [`work/1`](work.v1.md) until it is over"}  # fmt: skip
 
@@ -112,7 +112,7 @@ def _page(contract: type[Contract], examples: Examples) -> Iterator[str]:
     if contract.id() not in IMPLEMENTED:
         yield "Those of [every call](README.md#faults), those that are named above, and what else the plugin tells its callers."
         return
-    codes = sorted({(whose, f"`{code}`") for code, whose, _ in _raised(IMPLEMENTED[contract.id()])})
+    codes = sorted({(whose, f"`{code}`") for package in IMPLEMENTED[contract.id()] for code, whose, _ in _raised(package)})
     yield from ("Those of [every call](README.md#faults), and:", "")
     for whose in ("client", "plugin", "kernel"):
         yield f"- {whose}: {', '.join(code for by, code in codes if by == whose) or 'none'}"
@@ -204,9 +204,10 @@ def _json(what: str, value: Any) -> list[str]:
 
 # ---- faults, as the source raises them ----
 
-# the system's own contracts, which have one implementation; what the others answer is the affair of each plugin
-IMPLEMENTED = {"kernel/1": "kernelm", "node/1": "kernelm_node", "artifacts/1": "kernelm_artifacts", "jobs/1": "kernelm_jobs",
-               "work/1": "kernelm_jobs.reports", "plugin/1": "kernelm_sdk.runner"}  # fmt: skip
+# where the one implementation of each of the system's own contracts raises faults; what others answer is each plugin's affair
+IMPLEMENTED = {"kernel/1": ("kernelm", "kernelm_sdk.transitions"), "node/1": ("kernelm_node",),
+               "artifacts/1": ("kernelm_artifacts",), "jobs/1": ("kernelm_jobs", "kernelm_sdk.transitions"),
+               "work/1": ("kernelm_jobs.reports",), "plugin/1": ("kernelm_sdk.jobs",)}  # fmt: skip
 
 
 def _faults(packages: Iterable[str]) -> Iterator[str]:

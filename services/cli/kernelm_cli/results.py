@@ -7,8 +7,10 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
+from kernelm_cli.tables import columns
 from kernelm_contracts.data import Prepared
-from kernelm_contracts.jobs import DEPLOY, Deployed, JobRecord, RunView
+from kernelm_contracts.deployments import DEPLOY, Deployed
+from kernelm_contracts.jobs import JobRecord, RunView
 from kernelm_contracts.optimizer import Compressed, Optimized, Row
 from kernelm_contracts.retriever import Indexed
 from kernelm_contracts.server import Measured
@@ -118,12 +120,8 @@ def quality(scores: list[tuple[str, Scores]]) -> list[Table]:
 
 
 def _table(cells: Callable[[Scores], dict[str, str]], rows: list[tuple[str, Scores]]) -> Table:
-    table = Table(title="Quality", title_justify="left", title_style="bold")
-    named = any(name for name, _ in rows)
-    for heading in ("model", "split") if named else ("split",):
-        table.add_column(heading)
-    for heading in cells(rows[0][1]):
-        table.add_column(heading, justify="right")
+    named, figures = any(name for name, _ in rows), cells(rows[0][1])
+    table = columns(*["model"] * named, "split", *figures, right=figures, title="Quality")
     for name, scores in rows:
         table.add_row(*[name] * named, scores.split, *cells(scores).values())
     return table
@@ -148,20 +146,19 @@ def _of_writer(scores: Scores) -> dict[str, str]:
 
 
 def _comparison(result: Optimized) -> Table:
-    table = Table(title=f"Candidates ({result.took_s:.0f} s)", title_justify="left", title_style="bold")
-    for name in ("candidate", "outcome", "structure", "algorithm", "precision"):
-        table.add_column(name)
-    for name in ("accuracy", "size MB", "ms/doc", "p99 ms", "docs/s", "memory MB"):
-        table.add_column(name, justify="right")
+    energy = any(row.measurement and row.measurement.energy_j for row in result.rows)  # where the machine counts it
+    figures = "accuracy", "size MB", "ms/doc", "p99 ms", "docs/s", "memory MB", *(["mJ/doc"] * energy)
+    table = columns("candidate", "outcome", "structure", "algorithm", "precision", *figures, right=figures,
+                    title=f"Candidates ({result.took_s:.0f} s)")  # fmt: skip
     for row in result.rows:
         table.add_row(row.name, Text(row.outcome, OUTCOMES.get(row.outcome, "dim")), row.structure, row.algorithm, row.precision,
-                      *_figures(row))  # fmt: skip
+                      *_figures(row, energy))  # fmt: skip
     return table
 
 
-def _figures(row: Row) -> list[str]:
+def _figures(row: Row, energy: bool) -> list[str]:
     m = row.measurement
     if m is None:
-        return ["-"] * 6
+        return ["-"] * (6 + energy)
     return [f"{m.scores.accuracy:.4f}", f"{m.bytes / 2**20:.1f}", f"{m.latency_ms:.2f}", f"{m.latency_p99_ms:.2f}",
-            f"{m.throughput:,.0f}", f"{m.memory_mb:,.0f}"]  # fmt: skip
+            f"{m.throughput:,.0f}", f"{m.memory_mb:,.0f}", *([f"{1000 * m.energy_j:.3g}"] * energy)]  # fmt: skip

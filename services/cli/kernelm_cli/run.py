@@ -11,17 +11,19 @@ import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from kernelm_authority.identity import admin
 from kernelm_cli import faults, results
-from kernelm_cli.home import read_up
+from kernelm_cli.home import last_lines, read_up
 from kernelm_cli.run_file import RunFile, read
 from kernelm_cli.session import Common, connection, stdout
 from kernelm_cli.sources import visible
+from kernelm_cli.swapping import readable
+from kernelm_cli.tables import columns
 from kernelm_cli.view import FINISHED, MARKS, PlainRun, RunDrawing, duration, ended, lines, outcome, serves, took
-from kernelm_contracts.jobs import Deployed, Jobs, RunName, RunRecord, RunSpec, RunView
+from kernelm_contracts.deployments import Deployed
+from kernelm_contracts.jobs import Jobs, RunName, RunRecord, RunSpec, RunView
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.system import Artifact, Artifacts, PutArtifact
@@ -29,6 +31,7 @@ from kernelm_sdk.system import Artifact, Artifacts, PutArtifact
 PATIENCE_S = 120.0  # for a broker, kernel or job table that is being restarted
 PAUSE_S, PAUSE_MAX_S = 0.2, 2.0
 PUT_S = 300.0
+LOG_LINES, TRACEBACK = 40, "Traceback (most recent call last)"  # of an instance's log: so many are looked at for the last traceback
 COMMANDS = {"generator": "chat {}", "vllm": "chat {}", "retriever": 'search {} "..."'}  # plugin of a deployment -> what asks it
 
 
@@ -66,7 +69,7 @@ async def _run(home: Path, file: RunFile, follow: bool, started: Callable[[RunRe
     _summary(view, console)
     if view.run.state == "done":
         return 0
-    faults.show(_fault_of(view))
+    faults.show(_fault_of(view, home))
     return faults.FAILURE
 
 
@@ -165,9 +168,8 @@ async def _watch_live(home: Path, record: RunRecord, console: Console) -> RunVie
 def _summary(view: RunView, console: Console) -> None:
     """The tables at the end."""
     whole = duration(view.run.finished - view.run.submitted)
-    table = Table(title=f"Run {view.run.spec.name}: {view.run.state} after {whole}", title_justify="left", title_style="bold")
-    for name in ("", "stage", "took", "result"):
-        table.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
+    title = f"Run {view.run.spec.name}: {view.run.state} after {whole}"
+    table = columns("", "stage", "took", "result", right=("took",), title=title)
     for line in lines(view):
         if line.job is None:
             table.add_row("·", line.name, "", "not started")
@@ -185,13 +187,16 @@ def _summary(view: RunView, console: Console) -> None:
             console.print(f"try it: kernelm {command.format(msgspec.convert(job.result, Deployed).model)}", markup=False)
 
 
-def _fault_of(view: RunView) -> Fault:
-    """Why the run did not end well."""
+def _fault_of(view: RunView, home: Path) -> Fault:
+    """Why the run did not end well; of what was no client's fault with the end of the instance's log, where that is in the home."""
     body = view.run.fault or next((j.fault for j in view.jobs if j.state == "dead" and j.fault), None)
     if body is None:
         return ClientFault(f"run_{view.run.state}", f"run {view.run.id} was {view.run.state}", "submit it again to go on")
     broken = next((j for j in view.jobs if j.state == "dead"), None)
     details = body.details | ({"stage": broken.spec.name, "job": broken.id, "instance": broken.instance} if broken else {})
+    if broken and broken.instance and body.whose != "client" and (log := last_lines(home, broken.instance, count=LOG_LINES)):
+        before, mark, traceback = log.rpartition(TRACEBACK)
+        details["log"] = readable(mark + traceback, None) if before or mark else log
     remedy = body.remedy or "the log of the instance says more; the same run goes on once it is mended"
     return Fault(body.code, body.message, remedy, **details)
 

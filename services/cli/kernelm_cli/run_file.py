@@ -4,7 +4,6 @@ Three kinds of values in `with` are no data of the request itself: `{folder = ".
 name content that becomes an artifact, and `"${stage.field}"` stands for a field of an earlier stage's result.
 """
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kernelm_cli import references, sources
-from kernelm_contracts.jobs import DEPLOY, Deployed, DeployRequest, RunSpec, StageSpec
+from kernelm_contracts.deployments import DEPLOY, Deployed, DeployRequest
+from kernelm_contracts.jobs import RunSpec, StageSpec
 from kernelm_sdk.contract import Method, find_contract
 from kernelm_sdk.errors import ClientFault
-from kernelm_sdk.system import Resources
+from kernelm_sdk.nearest import field_hint
 
 ANY_PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
@@ -73,7 +73,7 @@ def _parse(path: Path) -> RunSpec:
     except msgspec.ValidationError as error:
         what, field = _split(error)
         stage = _stage_of(data, field)
-        raise ClientFault("invalid_run_file", f"{path}: {what}", _suggest(what, _fields_at(field)), file=str(path), stage=stage,
+        raise ClientFault("invalid_run_file", f"{path}: {what}", _suggest(error, RunSpec), file=str(path), stage=stage,
                           field=field or "top level") from None  # fmt: skip
     if not spec.stage:
         raise ClientFault("invalid_run_file", f"{path} has no [[stage]]", "a run has at least one stage")
@@ -117,7 +117,7 @@ def _check_stage(path: Path, index: int, stage: StageSpec, request: type[msgspec
         what, field = _split(error)
         value = references.get(stage.with_, field)
         shown = f"{value} is no value for it: {what}" if isinstance(value, str) and "${" in value else what
-        raise _fault(path, stage, field or "with", shown, _suggest(what, _names(request))) from None
+        raise _fault(path, stage, field or "with", shown, _suggest(error, request)) from None
     return found
 
 
@@ -144,20 +144,5 @@ def _stage_of(data: dict[str, Any], field: str) -> str:
     return str(stages[int(match[1])].get("name", f"number {int(match[1]) + 1}"))
 
 
-def _names(struct: type[msgspec.Struct]) -> list[str]:
-    return [f.encode_name for f in msgspec.structs.fields(struct)]
-
-
-def _fields_at(field: str) -> list[str]:
-    if not field.startswith("stage["):
-        return _names(RunSpec)
-    return _names(Resources) if field.partition(".")[2].startswith("resources") else _names(StageSpec)
-
-
-def _suggest(what: str, known: list[str]) -> str:
-    """The remedy: for an unknown field the known one that it resembles, or all of them."""
-    unknown = re.search(r"unknown field `([^`]+)`", what)
-    if unknown is None:
-        return "correct the value"
-    close = difflib.get_close_matches(unknown[1], known, 1)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+def _suggest(error: msgspec.ValidationError, wanted: type[msgspec.Struct]) -> str:
+    return field_hint(error, wanted) or "correct the value"

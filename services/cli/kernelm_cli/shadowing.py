@@ -6,11 +6,12 @@ from typing import Annotated
 
 import msgspec
 from cyclopts import Parameter
-from rich.table import Table
 
 from kernelm_cli.models import finish
 from kernelm_cli.session import Output, connection, print_json, stdout
-from kernelm_contracts.jobs import Deployment, JobName, JobRecord, Jobs
+from kernelm_cli.tables import pairs
+from kernelm_contracts.deployments import Deployment
+from kernelm_contracts.jobs import JobName, JobRecord, Jobs
 from kernelm_contracts.shadows import Shadow, ShadowRequest
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
@@ -81,9 +82,7 @@ async def find(bus: Bus, name: str) -> Shadow:
 def _show(found: Shadow) -> None:
     copies = found.copies
     answered = copies.same + copies.different
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold")
-    rows.add_column(overflow="fold")
+    rows = pairs()
     rows.add_row("shadow", f"{found.to} answers {found.percent}% of the calls of {found.name}" if found.percent
                  else f"{found.to} answered for {found.name}; it is over")  # fmt: skip
     rows.add_row("agrees", f"{copies.same} of {answered}" + (f" ({copies.same / answered:.1%})" if answered else ""))

@@ -17,6 +17,7 @@ from rich.text import Text
 from kernelm.lifecycle import LIVE
 from kernelm_cli.home import UpFile
 from kernelm_cli.session import Output, connection, print_json, running, stdout
+from kernelm_cli.tables import columns
 from kernelm_cli.view import duration
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault
@@ -51,9 +52,7 @@ def ps(*, output: Output = Output(), all: Annotated[bool, Parameter(name=["--all
     console, now = stdout(), time.time()
     if up.pid:  # else an engine lists them
         console.print(_processes(output.folder, up, now))
-    table = Table()
-    for name in ("instance", "plugin", "pool", "node", "state", "for", "contracts and models", "reason"):
-        table.add_column(name, justify="right" if name == "for" else "left", overflow="fold")
+    table = columns("instance", "plugin", "pool", "node", "state", "for", "contracts and models", "reason", right=("for",))
     for i in sorted(instances, key=lambda i: (i.pool, i.since)):
         table.add_row(i.id, f"{i.plugin} {i.version}".strip(), i.pool, i.node, Text(i.state, STATES.get(i.state, "")),
                       duration(now - i.since), ", ".join((*i.contracts, *(f"model {m}" for m in i.models))), i.reason)  # fmt: skip
@@ -63,9 +62,8 @@ def ps(*, output: Output = Output(), all: Annotated[bool, Parameter(name=["--all
 
 
 def _processes(home: Path, up: UpFile, now: float) -> Table:
-    table = Table(title=f"{home}, up for {duration(now - up.started)}", title_justify="left")
-    for name in ("process", "pid", "starts"):
-        table.add_column(name, justify="left" if name == "process" else "right")
+    title = f"{home}, up for {duration(now - up.started)}"
+    table = columns("process", "pid", "starts", right=("pid", "starts"), title=title)
     for name, process in up.processes.items():
         table.add_row(name, str(process.pid), str(process.restarts + 1))
     return table

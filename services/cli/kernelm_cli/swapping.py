@@ -238,7 +238,7 @@ async def fault_of(bus: Bus, swap: Swap, root: Path | None = None) -> Fault:
     """Why a swap did not come to its end, with the diagnosis and the last lines of the log of the new instance. `root`: the
     folder that the plugin's files came from."""
     before = f"; pool {swap.before} serves on" if swap.before else ""
-    code, remedy = f"swap_{swap.phase}", "mend the plugin and load it again"
+    code, remedy = f"swap_{swap.phase}", "mend what it names, the plugin, its settings or its node, and do the same again"
     if swap.phase == "rolled_back":
         remedy = "look at the new one's log, or give it wider bounds: --max-errors, --max-latency, --watch"
     details: dict[str, Any] = {"swap": swap.id, "pool": swap.pool}

@@ -11,7 +11,8 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kernelm_contracts.jobs import DEPLOY, JobChanged, ModelScaled
+from kernelm_contracts.deployments import DEPLOY
+from kernelm_contracts.jobs import JobChanged, ModelScaled
 from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.events import Event
 

@@ -16,7 +16,6 @@ import psutil
 from cyclopts import Parameter
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from kernelm_cli import faults
@@ -24,6 +23,7 @@ from kernelm_cli.child import describe_exit
 from kernelm_cli.home import UpFile, end, find_process, last_lines, leftovers, open_log, read_up
 from kernelm_cli.launcher import Launcher, Options, Tell
 from kernelm_cli.session import Common, stdout
+from kernelm_cli.tables import pairs
 from kernelm_sdk.errors import ClientFault, FaultBody, KernelFault, from_body
 
 DOWN_S = 90.0
@@ -212,12 +212,11 @@ def _home_option(home: Path) -> str:
 
 def summary(home: Path, up: UpFile, stop: str) -> Panel:
     """Where everything is, and what to do next."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold")
-    rows.add_column(overflow="fold")
+    rows = pairs()
     option = _home_option(home)
-    for name, value in (("HTTP", up.http), ("gRPC", up.grpc), ("NATS", up.url), ("home", str(home)), ("logs", str(home / "logs")),
-                        ("try", f"kernelm run{option} deploy/runs/news.toml"), ("stop", stop)):  # fmt: skip
+    for name, value in (("HTTP", up.http), ("gRPC", up.grpc), ("NATS", up.url), ("home", str(home)),
+                        ("logs", f"kernelm logs{option} --follow"), ("try", f"kernelm run{option} deploy/runs/news.toml"),
+                        ("stop", stop)):  # fmt: skip
         rows.add_row(name, value)
     return Panel(rows, title="[bold green]kernelm is up[/]", title_align="left", border_style="green", expand=False)
 

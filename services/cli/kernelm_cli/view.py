@@ -12,7 +12,8 @@ from rich.text import Text
 
 from kernelm_cli.curves import Curves
 from kernelm_cli.results import key_result, short
-from kernelm_contracts.jobs import DEPLOY, JobRecord, RunRecord, RunView
+from kernelm_contracts.deployments import DEPLOY
+from kernelm_contracts.jobs import JobRecord, RunRecord, RunView
 from kernelm_sdk.system import Progress
 
 FINISHED = frozenset({"done", "dead", "cancelled"})

@@ -15,7 +15,7 @@ from kernelm_artifacts.sealing import Sealing
 from kernelm_artifacts.settings import Settings as ArtifactSettings
 from kernelm_artifacts.store import Store
 from kernelm_artifacts.vault import new_master
-from kernelm_authority.broker import Broker, free_port
+from kernelm_authority.broker import Broker
 from kernelm_authority.identity import Authority, admin
 from kernelm_cli.app import execute
 from kernelm_cli.certificates import CertificateAuthority, read_certificate
@@ -26,6 +26,7 @@ from kernelm_node.runtimes.containers import read_containers
 from kernelm_sdk.enrollment import join as enrolled
 from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.machine import Keeper
+from kernelm_sdk.ports import free_port
 
 FAKE = {name: f"sha256:{name:0>64}" for name in (*IMAGES, *PLUGINS)}
 

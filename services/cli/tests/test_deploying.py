@@ -7,12 +7,13 @@ import pytest
 
 from kernelm_cli.app import execute
 from kernelm_cli.chat import Talk
-from kernelm_cli.deploying import Replicas, _check_importable, _known, job_of, plugin_of
+from kernelm_cli.deploying import Replicas, _check_importable, _known, _require_plugin, job_of, plugin_of
 from kernelm_cli.session import Common
 from kernelm_cli.shadowing import percent
-from kernelm_contracts.jobs import DeployRequest, KnownAnswer
+from kernelm_contracts.deployments import DeployRequest, KnownAnswer
 from kernelm_contracts.server import GenerateRequest
 from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.system import LoadedPlugin, Manifest, SystemState
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -80,9 +81,23 @@ def test_what_is_no_model_is_not_stored(tmp_path: Path) -> None:
         _check_importable(folder)
 
 
+def test_a_plugin_that_is_nowhere_is_not_waited_for() -> None:
+    plugins = tuple(LoadedPlugin(Manifest(n, "1", "", (c,), f"{n}:X")) for n, c in (("mine", "server/1"), ("data", "data/1")))
+    state = SystemState((), (), (), 1, plugins=plugins)
+    _require_plugin("mine", state)
+    _require_plugin("", state)
+    for name in ("nobody", "data"):
+        with pytest.raises(ClientFault, match=f"--plugin '{name}'") as caught:
+            _require_plugin(name, state)
+        assert "mine" in caught.value.remedy.split(";")[0]
+
+
 @pytest.mark.parametrize(("line", "code", "says"), [
     ("model deploy chat", 2, "MODEL"),
     ("model deploy chat m --canary 150%", 2, "150%"),
+    ("model deploy chat m --checks absent.jsonl", 2, "absent.jsonl is no file"),
+    ("model rollback chat --canary 10%", 1, "kernelm up"),
+    ("model rollback chat --canary 150%", 2, "150%"),
     ("model deploy chat m", 1, "kernelm up"),
     ("model promote chat", 1, "kernelm up"),
     ("model history chat", 1, "kernelm up"),

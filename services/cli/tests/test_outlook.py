@@ -86,12 +86,12 @@ def test_why_names_what_a_job_waits_for_and_what_would_start_it(shell: Shell) ->
     shell("run", "--no-follow", shell.run_file("quota", 0.25, tenant="acme"))
     found = shell.waiting("quota-1-stage0")
     assert found["reason"] == "waits: needs 0.25 cores, the quota of tenant acme has 0 left"
-    assert found["remedy"] == "jobs of tenant acme end, or a larger quota"
+    assert found["remedy"] == "deployment words of tenant acme is taken away (`kernelm model undeploy words`), or a larger quota"
     said = shell("jobs", "why", "quota-1-stage0").splitlines()
     assert [line.split("  ")[0] for line in said] == ["job", "state", "why", "what would start it", "waits behind", "starts"]
     told = " ".join(" ".join(said).split())
     assert "state queued why needs 0.25 cores, the quota of tenant acme has 0 left" in told
-    assert "what would start it jobs of tenant acme end, or a larger quota waits behind nobody" in told
+    assert "(`kernelm model undeploy words`), or a larger quota waits behind nobody" in told
     assert "starts not known: no estimate says when that is" in told
 
     shell("run", "--no-follow", shell.run_file("cores", 0.75))
@@ -126,7 +126,8 @@ def test_plan_says_when_and_where_and_creates_nothing(shell: Shell) -> None:
     table = [line.strip("│").split("│") for line in shell("jobs", "plan", file).splitlines() if line.startswith("│")]
     rows = [row for line in table if (row := [cell.strip() for cell in line])[0]]  # without what was folded
     assert [row[:3] for row in rows] == [["stage0", "now", "local"], ["stage1", "not known", ""], ["stage2", "never", ""]]
-    assert rows[1][3:] == ["needs 0.75 cores, node local has 0.5 free", "jobs on node local end, or a node with room"]
+    assert rows[1][3] == "needs 0.75 cores, node local has 0.5 free"
+    assert rows[1][4] == "deployment words, with 0.5 cores on node local, is taken away"  # the rest is folded
     assert rows[2][3] == "needs 64 cores, node local has 1 in all"
     mine = shell.json("jobs", "plan", shell.run_file("plan", 0.25, tenant="acme"))["stages"][0]
     assert mine["reason"] == "waits: needs 0.25 cores, the quota of tenant acme has 0 left"

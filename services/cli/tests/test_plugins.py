@@ -151,6 +151,7 @@ async def test_what_does_not_start_or_is_worse_leaves_the_old_one_and_says_why(d
     assert refused.code == 1
     assert "nonsense" in refused.err
     assert "pool greet serves on" in refused.err
+    assert "its settings" in refused.err
     assert await desk.said() == "hello"
 
     stop = asyncio.Event()
@@ -196,9 +197,12 @@ async def test_bad_input_is_told_with_the_thing_and_the_remedy(desk: SimpleNames
     made = json.loads((await desk.kernelm("create", "deployer", "--admin", "--json", group="key")).out)
     assert made["key"]["admin"]
     assert "deployer (admin)" in (await desk.kernelm("list", group="key")).out
+    nobody = await asyncio.wait_for(desk.kernelm("nobody", "hello", group="chat"), 60)  # half of what a model is waited for
+    assert (nobody.code, "no deployment 'nobody' answers" in nobody.err) == (2, True)
     (desk.plugin / "weights.pkl").write_bytes(b"\x80\x04N.")
     for arguments, says in (
-        (("load", desk.plugin), "weights.pkl"), (("load", "nowhere-plugin"), "nowhere-plugin"),
+        (("load", desk.plugin), "weights.pkl"), (("load", "nowhere-plugin"), "nowhere-plugin"), (("load", "greet"), "greet"),
+        (("load", plugin_in(tmp_path / "again")), "kernelm plugin replace greet/1 PLUGIN|PATH"),
         (("replace", "nothing/9", desk.plugin), "nothing/9"), (("rollback", "greet"), "nothing before pool 'greet'"),
         (("unload", "nothing"), "nothing"), (("scale", "nothing", 2), "nothing"),
     ):  # fmt: skip
@@ -207,6 +211,7 @@ async def test_bad_input_is_told_with_the_thing_and_the_remedy(desk: SimpleNames
         assert says in ended.err, (arguments, ended.err)
         assert "remedy" in ended.err
         assert "Traceback" not in ended.err
+        assert "was installed" not in ended.out, "none of these is"
     assert await desk.said() == "hello"
 
 

@@ -84,6 +84,11 @@ def test_unknown_key_of_the_request(tmp_path: Path) -> None:
     assert fault.remedy == "did you mean 'max_broken'?"
 
 
+def test_unknown_key_within_a_field_of_the_request(tmp_path: Path) -> None:
+    fault = refused(tmp_path, PREPARE.replace("with = {", "with = { split = { tset = 0.2 },"))
+    assert fault.remedy == "did you mean 'test'?"
+
+
 def test_wrong_type_names_the_field(tmp_path: Path) -> None:
     fault = refused(tmp_path, PREPARE.replace("with = {", 'with = { split = { test = "a fifth" },'))
     assert fault.details["field"] == "split.test"

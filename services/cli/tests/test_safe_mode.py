@@ -69,7 +69,7 @@ def test_a_strangers_plugin_that_breaks_the_start_and_safe_mode_gets_past_it(tmp
     install(tmp_path / "site", "process", KILL_THE_NODE)  # as one that uses up the machine's memory might
     broken = kernelm("up", "--detach")
     assert broken.returncode == 1, broken.stdout
-    assert "node ended with SIGKILL" in broken.stderr
+    assert "node ended with SIGKILL" in broken.stderr, broken.stderr
     assert read_up(tmp_path / "home") is None  # nothing is left running
     safe = kernelm("up", "--detach", "--safe")  # the pool is kept in the broker from before, and is left out as well
     try:

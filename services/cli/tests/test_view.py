@@ -1,16 +1,20 @@
 """A run as it is drawn and as it is logged, from records such as the job table sends."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from rich.console import Console
 
-from kernelm_cli.results import key_result, tables
-from kernelm_cli.run import _summary
+from kernelm_cli.jobs import _attempt
+from kernelm_cli.results import _comparison, key_result, tables
+from kernelm_cli.run import _fault_of, _summary
 from kernelm_cli.view import PlainRun, RunDrawing, duration, left, lines, metrics
 from kernelm_contracts.data import DatasetCard, Prepared
-from kernelm_contracts.jobs import Deployed, JobRecord, JobSpec, RunRecord, RunSpec, RunView, StageSpec
+from kernelm_contracts.deployments import Deployed
+from kernelm_contracts.jobs import JobRecord, JobSpec, RunRecord, RunSpec, RunView, StageSpec
 from kernelm_contracts.optimizer import Change, Compressed, Optimized, Row
 from kernelm_contracts.server import Measurement
 from kernelm_contracts.trainer import Scores, Trained
@@ -49,6 +53,16 @@ def drawn(run: RunView, now: float = 1030.0, terminal: bool = False) -> str:
     console = Console(file=io.StringIO(), width=140, force_terminal=terminal)
     console.print(RunDrawing().draw(run, now))
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_energy_is_a_column_of_the_candidates_where_the_machine_counts_it() -> None:
+    change = msgspec.structs.replace
+    counted = tuple(change(row, measurement=row.measurement and change(row.measurement, energy_j=0.0123)) for row in OPTIMIZED.rows)
+    for rows, there in ((OPTIMIZED.rows, False), (counted, True)):
+        console = Console(file=io.StringIO(), width=160)
+        console.print(_comparison(change(OPTIMIZED, rows=rows)))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("mJ/doc" in text, "12.3" in text) == (there, there), text
 
 
 def test_every_stage_has_a_line_with_its_state() -> None:
@@ -91,11 +105,32 @@ def test_the_reason_of_a_failed_run_is_left_to_its_panel() -> None:
         assert "the loss is nan" in text, "of a child there is no panel"
 
 
+def test_a_failed_run_shows_the_last_traceback_of_its_plugin(tmp_path: Path) -> None:
+    stored, runner = f"{tmp_path}/artifacts/trees/{'ab' * 32}/files/my/plugin.py", "/x/kernelm_sdk/runner.py"
+    frames = f'  File "{runner}", line 8, in run\n    f()\n  File "{stored}", line 3, in fit\n    raise ValueError("no good")\n'
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "my-1.log").write_text(f"Traceback (most recent call last):\n{frames}ValueError: no good\n" * 2)
+    fault = FaultBody("plugin", "internal", "ValueError: no good", "see the log of my-1")
+    dead = job("train", "trainer/1.train", "dead", fault=fault, instance="my-1", finished=1040.0)
+    log = _fault_of(view(dead, state="failed", fault=fault), tmp_path).details["log"]
+    assert log.splitlines() == ["Traceback (most recent call last):", '  File "my/plugin.py", line 3, in fit',
+                                '    raise ValueError("no good")', "ValueError: no good"]  # fmt: skip
+    mistaken = msgspec.structs.replace(fault, whose="client")
+    assert "log" not in _fault_of(view(dead, state="failed", fault=mistaken), tmp_path).details
+
+
 def test_an_attempt_that_fails_like_the_one_before_is_not_told_at_length_again() -> None:
     plain, queued = PlainRun(), job("train", "trainer/1.train", "queued", why="config.json is missing", attempt=1)
     assert plain.update(view(queued), 1001.0) == ["train: queued: config.json is missing"]
     assert plain.update(view(job("train", "trainer/1.train", attempt=1)), 1002.0)
     assert plain.update(view(msgspec.structs.replace(queued, attempt=2)), 1003.0) == ["train: queued: as before"]
+
+
+@pytest.mark.parametrize(("state", "failed", "said"), [("running", 0, "1 of 3"), ("done", 1, "2 of 3"), ("dead", 3, "3 of 3"),
+                                                       ("dead", 0, "1 of 3"), ("cancelled", 3, "3 of 3")])  # fmt: skip
+def test_attempts_are_counted_from_one(state: str, failed: int, said: str) -> None:
+    assert _attempt(job("train", "trainer/1.train", state, attempt=failed, epoch=4)) == f"{said}, epoch 4"
+    assert _attempt(job("train", "trainer/1.train", "queued", started=0.0)) == ""
 
 
 def test_plain_lines_have_no_control_codes_and_come_only_for_news() -> None:

@@ -206,6 +206,8 @@ def too_large(limit: int) -> ClientFault:
 
 def read(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     """The request; ClientFault "invalid" whose `param` is the field at fault."""
+    if not body.strip():
+        raise ClientFault("invalid", "the body is empty", "send an object in UTF-8")
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

@@ -44,6 +44,7 @@ SUBMITTABLE = tuple(map(method_of, (Jobs.submit, Jobs.submit_run, Jobs.cancel, J
 MANAGEABLE = tuple(map(method_of, (Kernel.state, Kernel.load, Kernel.swap, Kernel.rollback, Kernel.unload, Kernel.scale,
                                    Kernel.set_route, Kernel.start_pool, Kernel.stop_pool, Kernel.list_keys)))  # fmt: skip
 ON_BEHALF = "Kernelm-On-Behalf"
+CARRIED = "1 MB"  # `max_payload` of kernelm_authority.broker
 START_S = 0.2  # between two tries of a call for a model that is being started
 
 
@@ -120,6 +121,9 @@ class Gate:
         """Where a call is to be tried again after `fault`, and a moment: an instance, or "" for whoever is best. It is of use for a
         model that is being started for this call, and for a generation that is on its way, or has a share of the calls only; else
         the fault is raised. `tried`: the instance whose fault it is, if it was named; `until` is monotonic."""
+        if fault.code == "too_large" and fault.details.get("limit") == "broker":  # its words are for who speaks NATS
+            what = f"the request is larger than the broker carries ({CARRIED})"
+            raise ClientFault("too_large", what, "send it in several requests") from None
         if model and time.monotonic() < until:
             if fault.code == "starting" or (tried and fault.code in ELSEWHERE):
                 await asyncio.sleep(START_S)

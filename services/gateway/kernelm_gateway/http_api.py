@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, Router, get
 from litestar.connection import ASGIConnection
-from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions import HTTPException, SerializationException, ValidationException
 from litestar.handlers import BaseRouteHandler
 from litestar.params import FromPath, FromQuery
 
@@ -155,12 +155,16 @@ def _fault(request: Request[Any, Any, Any], error: Exception) -> Fault:
         return error
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         first: Any = error.extra[0]  # Litestar's: {"message": ..., "key": field}
-        where = str(first.get("key", ""))
+        where = str(first.get("key", "")).removeprefix("data").lstrip(".")  # what Litestar's handlers call the body
         return ClientFault("invalid", f"{where or 'the request'}: {first.get('message', error.detail)}", "see /docs", param=where)
     if isinstance(error, HTTPException) and error.status_code < 500:
         limit = request.app.state.gate.settings.max_body_bytes
         remedy = f"send at most {limit} bytes a request, in several requests" if error.status_code == 413 else "see /docs"
-        return ClientFault(CODES.get(error.status_code, "invalid"), error.detail, remedy)
+        what, path = error.detail, request.url.path[:200]
+        if isinstance(error.__cause__, SerializationException):
+            what, remedy = f"the body is no JSON: {what}", "send an object in UTF-8"
+        what = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}.get(error.status_code, what)
+        return ClientFault(CODES.get(error.status_code, "invalid"), what, remedy)
     log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
     return faults.of_bug()
 

@@ -1,13 +1,26 @@
 """`/v1/jobs` and `/v1/runs` over HTTP: the structs of `jobs/1`, as far as they are the key's tenant's. What a key may do of it
 is decided in gate.py."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from litestar import Request, get, post
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
-from kernelm_contracts.jobs import JobList, JobName, JobQuery, JobRecord, Jobs, JobSpec, RunName, RunRecord, RunSpec, RunView
+from kernelm_contracts.jobs import (
+    JobList,
+    JobName,
+    JobQuery,
+    JobRecord,
+    Jobs,
+    JobSpec,
+    JobState,
+    RunName,
+    RunRecord,
+    RunSpec,
+    RunView,
+)  # fmt: skip
 from kernelm_sdk.contract import method_of
+from kernelm_sdk.errors import ClientFault
 
 FIND, GET, SUBMIT, CANCEL = map(method_of, (Jobs.find, Jobs.get, Jobs.submit, Jobs.cancel))
 GET_RUN, SUBMIT_RUN, CANCEL_RUN = map(method_of, (Jobs.get_run, Jobs.submit_run, Jobs.cancel_run))
@@ -17,6 +30,8 @@ GET_RUN, SUBMIT_RUN, CANCEL_RUN = map(method_of, (Jobs.get_run, Jobs.submit_run,
 async def jobs(request: Request[Any, Any, Any], job_state: Annotated[str, QueryParameter(name="state")] = "",
                run: FromQuery[str] = "", limit: Annotated[int, QueryParameter(ge=1, le=1000)] = 100) -> JobList:  # fmt: skip
     """The jobs of the key's tenant, optionally only those in one `state` or of one `run`."""
+    if job_state not in ("", *get_args(JobState)):
+        raise ClientFault("invalid", f"state: {job_state[:64]!r} is none", f"one of {', '.join(get_args(JobState))}", param="state")
     reply: JobList = await request.app.state.gate.call(request.state.key, FIND, JobQuery(job_state, run, limit))
     return reply
 

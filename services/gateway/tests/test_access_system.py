@@ -21,7 +21,6 @@ from google.protobuf import message_factory
 from kernelm.testing.harness import System, until
 from kernelm.testing.otlp import Collector
 from kernelm.testing.parts import absent
-from kernelm_authority.broker import free_port
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, GenerateFrame, GenerateRequest, Label, Server, Usage
 from kernelm_data.plugin import DataPlugin
 from kernelm_gateway import open_inference, protobuf
@@ -30,6 +29,7 @@ from kernelm_sdk.bus import Bus
 from kernelm_sdk.enrollment import new_seed, public_key
 from kernelm_sdk.links import Credentials
 from kernelm_sdk.plugin import Manifest, Plugin, find_manifests
+from kernelm_sdk.ports import free_port
 from kernelm_sdk.system import Destination, Kernel, KeyRequest, Route
 
 ROOT = Path(__file__).parents[3]

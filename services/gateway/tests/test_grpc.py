@@ -63,7 +63,7 @@ async def test_classify(client: SimpleNamespace, bus: Any) -> None:
     assert [[(x.label, x.score) for x in row.values] for row in reply.results] == [[("sport", 0.75)]] * 2
     name, model, request, timeout_s = bus.calls[-1]
     assert (name, model, request.input, request.top, request.at_least) == ("server/1.classify", "news", ("a", "b"), 1, 0)
-    assert 50.0 < timeout_s < 100.5, "the client's deadline goes with the call"
+    assert 50.0 < timeout_s < 102.0, "the client's deadline goes with the call"  # which rounds it up to three digits
 
 
 async def test_embed_and_usage(client: SimpleNamespace, gate: Any) -> None:

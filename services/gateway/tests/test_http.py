@@ -76,6 +76,18 @@ async def test_jobs_and_runs_are_the_tenants_own(client: httpx.AsyncClient, bus:
     other = await client.get("/v1/runs/theirs-1")
     assert (other.status_code, error(other)["code"]) == (404, "not_found")
     assert (await client.get("/v1/jobs", params={"limit": 0})).status_code == 400
+    unknown = await client.get("/v1/jobs", params={"state": "runing"})
+    assert (unknown.status_code, error(unknown)["param"], "running" in error(unknown)["remedy"]) == (400, "state", True)
+
+
+@pytest.mark.parametrize(("body", "param", "what"), [
+    (b"{", None, "the body is no JSON"), (b'{"name": "x", "uses": "trainer/1.train"}', None, "the request: Object missing"),
+    (b'{"name": "x", "uses": "a", "request": {}, "resources": {"cpu": "x"}}', "resources.cpu", "resources.cpu: Expected `float`"),
+])  # fmt: skip
+async def test_bad_jobs(client: httpx.AsyncClient, body: bytes, param: str | None, what: str) -> None:
+    response = await client.post("/v1/jobs", content=body)
+    assert (response.status_code, error(response)["param"]) == (400, param)
+    assert what in error(response)["message"]
 
 
 async def test_extract_and_the_tenant_that_a_call_is_for(client: httpx.AsyncClient, bus: Any) -> None:
@@ -142,7 +154,7 @@ async def test_what_was_not_granted(client: httpx.AsyncClient, bus: Any, new_key
 
 
 @pytest.mark.parametrize(("body", "param", "what"), [
-    (b"{", None, ""), (b"", None, ""), (b"\xff\xfe", None, ""), (b"[]", None, "Expected `object`"),
+    (b"{", None, "no JSON"), (b"", None, "is empty"), (b"\xff\xfe", None, ""), (b"[]", None, "Expected `object`"),
     (b'{"input": "a"}', None, "missing required field `model`"),
     (b'{"model": "news", "input": 5}', "input", "Expected `str | array`"),
     (b'{"model": "news", "input": ["a", 5]}', "input[1]", "Expected `str`"),
@@ -183,6 +195,7 @@ async def test_other_faults(client: httpx.AsyncClient) -> None:
     assert (stale.status_code, error(stale)["code"]) == (409, "stale_generation")
     missing = await client.get("/v1/nothing")
     assert (missing.status_code, error(missing)["code"]) == (404, "not_found")
+    assert "/v1/nothing" in error(missing)["message"]
     assert (await client.get("/v1/classify")).status_code == 405
 
 

@@ -124,6 +124,8 @@ async def test_an_unknown_model_an_unsupported_method_and_too_much_for_the_broke
         assert ("impl." not in unsupported.text, bool(error["remedy"]), error["type"]) == (True, True, "invalid_request_error")
         large = await client.post("/v1/classify", json={"model": "news", "input": "word " * 400_000})
         assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+        assert "1 MB" in large.json()["error"]["message"]
+        assert "artifact" not in large.text  # a client over HTTP can store none
 
 
 async def test_a_model_that_is_being_started_for_a_call_is_waited_for(system: System) -> None:

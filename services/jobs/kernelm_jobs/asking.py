@@ -8,11 +8,12 @@ from msgspec import structs
 from kernelm_contracts.deltas import changes, parts
 from kernelm_contracts.scheduler import ClusterDelta, ClusterState, Decision, Decisions, Scheduler
 from kernelm_sdk.bus import Bus
-from kernelm_sdk.errors import ClientFault, Fault
+from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 
 log = logging.getLogger("kernelm.jobs")
 TIMEOUT_S = 10.0
 SOONEST_S, TIMES = 2.0, 20  # patience with a scheduler that has answered: so many times its last answer took, and no less
+READY = "`kernelm plugin list` says which plugin implements it, `kernelm ps --all` and `kernelm doctor` why none is ready"
 AGAIN = ("need_snapshot", "unsupported_method")  # it lacks what came before; it takes no deltas (or its successor takes none)
 
 
@@ -35,9 +36,11 @@ class Asking:
         begun = time.monotonic()
         try:
             answer = await self._update(known, state)
-        except Fault:
+        except Fault as fault:
             self._patience_s = min(2 * self._patience_s, TIMEOUT_S)
-            raise
+            if fault.code != "no_responders":
+                raise
+            raise KernelFault(fault.code, f"no plugin that implements {Scheduler.id()} is ready", READY, retriable=True) from None
         self._patience_s = min(max(TIMES * (time.monotonic() - begun), SOONEST_S), TIMEOUT_S)
         self._known = state
         said = {d.job for d in answer.decisions}

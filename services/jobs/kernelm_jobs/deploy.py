@@ -13,7 +13,8 @@ from collections import defaultdict
 
 from msgspec import structs
 
-from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec, ModelDeployed, ModelScaled, RollbackDeployment
+from kernelm_contracts.deployments import Deployment, DeployRequest, RollbackDeployment
+from kernelm_contracts.jobs import JobRecord, JobSpec, ModelDeployed, ModelScaled
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deployment import (
     Attempt,
@@ -35,7 +36,7 @@ from kernelm_jobs.deployment import (
     trial_request,
 )
 from kernelm_jobs.examining import examine
-from kernelm_jobs.holdings import shares_of, size
+from kernelm_jobs.holdings import shares_of, spread
 from kernelm_jobs.states import HOLDING, advance, failed
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
@@ -120,7 +121,7 @@ class Deployer:
                 await self._bus.call(Kernel.stop_pool, PoolName(pool), timeout_s=10.0, patience_s=PATIENCE_S)
             await self._release(name, why)
             await self._table.deployments.delete(name)
-            self._table.publish(ModelScaled(model=name, replicas=0, was=last.replicas, why=why, node=last.node))
+            self._table.publish(ModelScaled(model=name, replicas=0, was=last.replicas, why=why, node=", ".join(last.spread)))
         return last
 
     def before(self, request: RollbackDeployment) -> JobSpec:
@@ -151,8 +152,9 @@ class Deployer:
 
     async def _deploy(self, job: JobRecord, request: DeployRequest) -> None:
         attempt = await self._attempt(job, request)
-        count = size(shares_of(job))
-        spec = pool_spec(request, attempt.generation, job.node, count, job.spec.resources)
+        where = spread(shares_of(job))
+        count = sum(where.values())
+        spec = pool_spec(request, attempt.generation, where, job.spec.resources)
         await self._table.move(job.id, lambda now: advance(_mine(now, job), "accept"))
         if request.checks and swap_of(spec.pool, await self._cluster.system(math.inf)) is None:
             await self._try(job, request, spec, attempt.generation)
@@ -160,11 +162,12 @@ class Deployer:
         before = self._table.deployments.get(request.name)
         was = before.replicas if before else 0
         deployment = await self._record(Deployment(request.name, attempt.generation, request.model, spec.pool, request.plugin,
-                                                   job.id, job.spec.run, time.time(), node=job.node, replicas=count))  # fmt: skip
+                                                   job.id, job.spec.run, time.time(), node=spec.node, replicas=count,
+                                                   places=spec.places))  # fmt: skip
         self._table.publish(ModelDeployed(model=request.name, generation=attempt.generation, artifact=request.model,
                                           pool=spec.pool))  # fmt: skip
         self._table.publish(ModelScaled(model=request.name, replicas=count, was=was, why=f"generation {attempt.generation}",
-                                        node=job.node, tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
+                                        node=", ".join(where), tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
         why = answers(request.name, attempt.generation)
         served = await self._table.move(job.id, lambda now: advance(_mine(now, job), "serve", result=result_of(deployment), why=why,
                                                                     progress=Progress(1.0, "serving")))  # fmt: skip
@@ -229,7 +232,7 @@ class Deployer:
                 raise PluginFault("not_ready", f"the kernel has no record of the swap of {name} to {swap.pool} any more",
                                   "deploy it again", retriable=True)  # fmt: skip
             swap = found
-        raise_if_over(swap, name)
+        raise_if_over(swap, name, system or await self._cluster.system(math.inf))
 
     async def _drained(self, pool: str) -> None:
         """Until what served before `pool` has answered its last call."""

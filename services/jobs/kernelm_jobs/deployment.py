@@ -5,10 +5,11 @@ from typing import Any
 
 import msgspec
 
-from kernelm_contracts.jobs import DEPLOY, Deployed, Deployment, DeployRequest, JobRecord, PastDeployment
+from kernelm_contracts.deployments import DEPLOY, Deployed, Deployment, DeployRequest, PastDeployment
+from kernelm_contracts.jobs import JobRecord
 from kernelm_contracts.server import ServedModel
 from kernelm_sdk.contract import token
-from kernelm_sdk.errors import PluginFault
+from kernelm_sdk.errors import FaultBody, PluginFault, from_body
 from kernelm_sdk.system import Bounds, Destination, PoolSpec, Progress, Resources, Route, Swap, SwapRequest, SystemState
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
@@ -78,12 +79,18 @@ def pool_of(request: DeployRequest, generation: int) -> str:
     return f"{request.name}-g{generation}-{request.model.removeprefix('sha256:')[:8]}"
 
 
-def pool_spec(request: DeployRequest, generation: int, node: str, instances: int, needs: Resources | None = None) -> PoolSpec:
-    """The pool that serves `request.model` under its name; its instances load the model from their settings. `needs`: of one."""
+def pool_spec(request: DeployRequest, generation: int, spread: dict[str, int], needs: Resources | None = None) -> PoolSpec:
+    """The pool that serves `request.model` under its name; its instances load the model from their settings. `spread`: node ->
+    instances; `needs`: of one."""
     served = ServedModel(request.name, request.model, generation)
-    return PoolSpec(pool_of(request, generation), request.plugin, instances, node=node, runtime="",
+    return PoolSpec(pool_of(request, generation), request.plugin, sum(spread.values()), node=next(iter(spread)), runtime="",
                     settings={**request.settings, "model": msgspec.to_builtins(served)}, models=(request.name,), contracts=False,
-                    needs=needs)  # fmt: skip
+                    needs=needs, places=several(spread))  # fmt: skip
+
+
+def several(spread: dict[str, int]) -> dict[str, int]:
+    """`spread` where it has several nodes: that of one is told by its name and the number of instances."""
+    return spread if len(spread) > 1 else {}
 
 
 def answers(name: str, generation: int) -> str:
@@ -112,6 +119,15 @@ def instances_for(request: DeployRequest, current: Deployment | None) -> int:
     if not request.maximum or current is None:
         return request.instances
     return min(max(request.instances, current.replicas), max(request.maximum, request.minimum))
+
+
+def bounds(request: DeployRequest, replicas: int, changing: bool) -> tuple[int, int]:
+    """(fewest, most) replicas that may be decided on now."""
+    if changing:
+        return replicas, replicas
+    if not request.maximum:  # fewer, where a node had no room for more
+        return request.instances, request.instances
+    return request.minimum, max(request.maximum, request.minimum)
 
 
 def scaling_of(request: DeployRequest) -> tuple[float, ...]:
@@ -185,9 +201,17 @@ def progress_of(swap: Swap, system: SystemState, now: float) -> Progress:
     return Progress(0.0, swap.phase, states)
 
 
-def raise_if_over(swap: Swap, name: str) -> None:
-    """PluginFault if the swap did not come to its aim: "rolled_back" once the new model had calls, "not_ready" before. Its message
-    is one line; the remedy of what an instance ended with is its own, and the last lines of the log are a detail."""
+def unfit(pool: str, system: SystemState) -> FaultBody | None:
+    """What an instance of `pool` ended with that could not load the model, where it would come to that anywhere and at any time: a
+    damaged file, a setting that is none. None where nobody has said so, as after a lack of memory."""
+    said = (i.fault for i in system.instances if i.pool == pool and i.fault is not None)
+    return next((fault for fault in said if fault.whose == "client" and not fault.retriable), None)
+
+
+def raise_if_over(swap: Swap, name: str, system: SystemState) -> None:
+    """If the swap did not come to its aim: the plugin's own ClientFault where it can't load the model, else a PluginFault:
+    "rolled_back" once the new model had calls, "not_ready" before. Its message is one line; the remedy of what an instance ended
+    with is its own, and the last lines of the log are a detail."""
     if swap.phase not in ("rolled_back", "failed"):
         return
     outcome, *log = swap.outcome.split(LOG)
@@ -197,6 +221,8 @@ def raise_if_over(swap: Swap, name: str) -> None:
         raise PluginFault("rolled_back", f"{name} went back from {swap.pool} to {swap.before}, which goes on serving: "
                           f"{outcome}", remedy or "see the log of its instances; deploy with wider bounds if this is how it "
                           "shall be", **details)  # fmt: skip
+    if fault := unfit(swap.pool, system):
+        raise from_body(msgspec.structs.replace(fault, details=details))
     outcome = outcome.replace(f"pool {swap.pool} ", "it ", 1)
     raise PluginFault("not_ready", f"pool {swap.pool} does not serve {name}: {outcome}", remedy or "see the log of its instances",
                       retriable=True, **details)  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
+from kernelm_contracts.deployments import WAITS
 from kernelm_contracts.jobs import JobRecord
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, PendingJob, Share
 from kernelm_jobs.asking import Asking
@@ -21,7 +22,7 @@ from kernelm_jobs.checks import check
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
 from kernelm_jobs.deployment import is_replica
-from kernelm_jobs.holdings import holdings, instances_of, shares_of, size, times
+from kernelm_jobs.holdings import avoided, holdings, instances_of, shares_of, size, times
 from kernelm_jobs.moving import called_off, growth, moved, retargeted
 from kernelm_jobs.rounds import (
     Crews,
@@ -136,11 +137,11 @@ class Dispatcher:
         try:
             state, ready = await self.state(queued)
         except KernelFault as fault:
-            return await self._nobody(queued, f"waits: the kernel does not answer: {fault.message}")
+            return await self._nobody(queued, f"{WAITS}the kernel does not answer: {fault.message}")
         try:
             answer = await self._asking.decide(state)
         except Fault as fault:
-            return await self._nobody(queued, f"waits: no scheduler decides: {fault.message}")
+            return await self._nobody(queued, f"{WAITS}no scheduler decides: {fault.message}")
         return await self._carry_out(structs.replace(state, version=self._asking.version), answer, ready)
 
     async def state(self, queued: Sequence[JobRecord], planned: Sequence[PendingJob] = ()) -> tuple[ClusterState, list[Worker]]:
@@ -155,7 +156,8 @@ class Dispatcher:
         pending = [*pending_jobs(queued, system, installed, deployments, self._shown), *planned]
         held, models, settings = holdings(jobs, deployments, system), self.scaling.states(system), self._settings
         state = cluster_state(0, time.time(), held, pending, reports, ready, settings.quotas, settings.tenants, models=models,
-                              loaded=loaded_models(system), shown=self._shown)  # fmt: skip
+                              loaded=loaded_models(system), shown=self._shown,
+                              avoid=avoided(deployments.values(), time.time()))  # fmt: skip
         return state, ready
 
     async def _nobody(self, queued: list[JobRecord], why: str) -> float:
@@ -168,7 +170,7 @@ class Dispatcher:
         checked = check(state, answer)
         for id, complaint in checked.refused.items():
             log.error("a decision on %s is refused: %s", id, complaint)
-        reasons = {id: f"waits: {complaint}" for id, complaint in checked.refused.items()}
+        reasons = {id: f"{WAITS}{complaint}" for id, complaint in checked.refused.items()}
         room, crews = Free(state), Crews(ready)
         jobs = {job.id: job for job in self._table.jobs.in_states("queued", *HOLDING)}
         writes: dict[str, Change] = {}
@@ -178,14 +180,14 @@ class Dispatcher:
                 if now.allocation or not decision.allocation:
                     await self.scaling.scale(now)
                 else:
-                    reasons[decision.job] = "waits: others make room for it"
+                    reasons[decision.job] = f"{WAITS}others make room for it"
                 continue
             if (job := jobs.get(decision.job)) is None:  # cancelled meanwhile, or over; or a model that waits for a place
                 reasons[decision.job] = decision.reason
                 continue
             if decision.action == "place":
                 if not room.take(shares_in(decision), job.spec.resources):
-                    reasons[job.id] = "waits: others make room for it"
+                    reasons[job.id] = f"{WAITS}others make room for it"
                     continue
                 placement = self._placement(job, decision, crews)
                 if isinstance(placement, str):
@@ -233,7 +235,7 @@ class Dispatcher:
         if not is_replica(job):
             crew = choose_all(decision, job.spec, crews)
             if not crew:
-                return f"waits: {decision.plugin} on {decision.node} has fewer than {job.spec.gang} free instances that do " \
+                return f"{WAITS}{decision.plugin} on {decision.node} has fewer than {job.spec.gang} free instances that do " \
                        f"{job.spec.uses}"  # fmt: skip
             gang = tuple(worker.instance for worker in crew)
             key = content_key(job.spec.uses, crew[0].plugin, crew[0].version, job.spec.request)  # of what really does it
@@ -246,7 +248,8 @@ class Dispatcher:
                 return now
             return advance(now, "place", node=decision.node, allocation=decision.allocation, instance=gang[0], key=key,
                            gang=gang if len(gang) > 1 else (), epoch=now.epoch + 1,
-                           checkpoint=now.checkpoint or checkpoint, why=decision.reason)  # fmt: skip
+                           checkpoint=now.checkpoint or checkpoint, left=now.left if now.key == key else "",
+                           why=decision.reason)  # fmt: skip
 
         return place
 
@@ -260,7 +263,7 @@ class Dispatcher:
                 return now
             if now.target:
                 return moved(now)
-            return advance(now, "preempt", node="", instance="", preemptions=now.preemptions + 1, why=f"waits: {now.why}")
+            return advance(now, "preempt", node="", instance="", preemptions=now.preemptions + 1, why=f"{WAITS}{now.why}")
 
         if not job.target:
             self.hold(job.id)  # or it would be placed again, being older, before the one that it made room for
@@ -313,7 +316,7 @@ class Dispatcher:
 
     async def _decline(self, job: JobRecord, fault: Fault) -> None:
         self.hold(job.id)
-        why = f"waits: {job.instance} did not take it: {fault.message}"
+        why = f"{WAITS}{job.instance} did not take it: {fault.message}"
         await self._table.move(job.id, lambda now: advance(now, "decline", node="", instance="", why=why)
                                if _unanswered(now, job) else now)  # fmt: skip
 

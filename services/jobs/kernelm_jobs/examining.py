@@ -2,7 +2,7 @@
 
 from contextlib import aclosing
 
-from kernelm_contracts.jobs import DeployRequest, KnownAnswer
+from kernelm_contracts.deployments import DeployRequest, KnownAnswer
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, GenerateRequest, Server
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, PluginFault

@@ -1,16 +1,18 @@
 """Who holds what, by our own account, as pure functions: the allocation of every job and of every deployment.
 
 A job holds its request once for each of its members. A deployment that serves holds that of one instance for each one that it is
-to have, and for those that are still ending: what is told to stop holds its share until it has stopped. One whose node is gone
-holds nothing: `stranded`.
+to have, and for those that are still ending: what is told to stop holds its share until it has stopped. One without a place, as its
+node is gone, holds nothing: `stranded`.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from msgspec import Struct
 
-from kernelm_contracts.jobs import Deployment, JobRecord
+from kernelm_contracts.deployments import Deployment
+from kernelm_contracts.jobs import JobRecord
 from kernelm_contracts.scheduler import Share
 from kernelm_jobs.deployment import is_replica
 from kernelm_jobs.states import HOLDING
@@ -77,17 +79,50 @@ def away(node: str, system: SystemState) -> str:
     return f"node {node} is {member.state}{': ' * bool(member.reason)}{member.reason}" if member.state in GONE else ""
 
 
-def stranded(deployment: Deployment, node: str, system: SystemState) -> str:
-    """Why a deployment whose replicas are on `node` has none of them: what has become of the node. "" while one of them lives (it
-    may outlive the node's own process), the node is there, or it is to have none."""
-    if not deployment.replicas or not node or any(i.pool == deployment.pool and i.state not in GONE for i in system.instances):
-        return ""
-    return away(node, system)
+def named(nodes: Collection[str]) -> str:
+    """"node one", or "nodes one, two"."""
+    return f"node{'s' * (len(nodes) > 1)} {', '.join(nodes)}"
 
 
-def home(deployment: Deployment, job: JobRecord) -> str:
-    """The node on which the replicas of a deployment are to be; `job` is the one that it serves for."""
-    return deployment.node or job.node
+def spread(shares: Iterable[Share]) -> dict[str, int]:
+    """Node -> members there."""
+    found = Counter[str]()
+    for share in shares:
+        found[share.node] += share.members
+    return dict(found)
+
+
+def places(deployment: Deployment, job: JobRecord) -> dict[str, int]:
+    """Node -> replicas that are to be there; `job` is the one that the deployment serves for."""
+    return {node or job.node: count for node, count in deployment.spread.items()}
+
+
+def missed(deployment: Deployment, places: Iterable[str], system: SystemState) -> dict[str, str]:
+    """Of the nodes where replicas are to be those that have none, and why: they did not get ready there, or the node is gone. None
+    while one of them lives there: it may outlive the node's own process."""
+    found = {}
+    for node in places:
+        if entry := deployment.avoid.get(node):
+            found[node] = f"node {node} is avoided until {time.strftime('%H:%M:%S', time.gmtime(entry.until))} UTC: {entry.why}"
+        elif not any(i.pool == deployment.pool and i.node in ("", node) and i.state not in GONE for i in system.instances):
+            found |= {node: why} if (why := away(node, system)) else {}
+    return found
+
+
+def stranded(deployment: Deployment, places: Collection[str], system: SystemState) -> str:
+    """Why a deployment has no place: none of its nodes can have a replica. "" while one can, and where it is to have none."""
+    lost = missed(deployment, places, system)
+    return "; ".join(lost.values()) if len(lost) == len(places) else ""
+
+
+def given_up(deployment: Deployment) -> bool:
+    """Whether its replicas did not get ready on the nodes where they were to be, and it has no other one yet."""
+    return deployment.replicas > 0 and deployment.avoid.keys() >= deployment.spread.keys()
+
+
+def avoided(deployments: Iterable[Deployment], now: float) -> dict[str, set[str]]:
+    """Deployment -> nodes that it is not to be given."""
+    return {d.name: {node for node, entry in d.avoid.items() if entry.until > now} for d in deployments if d.avoid}
 
 
 def holdings(jobs: Iterable[JobRecord], deployments: Mapping[str, Deployment], system: SystemState) -> list[Held]:
@@ -102,13 +137,14 @@ def holdings(jobs: Iterable[JobRecord], deployments: Mapping[str, Deployment], s
             continue
         pool, deployment = job.result["pool"], serving(job, deployments)
         if deployment:
-            node = home(deployment, job)
-            wanted = 0 if stranded(deployment, node, system) else deployment.replicas
+            wanted = places(deployment, job)
+            gone = set(missed(deployment, wanted, system))
         else:  # another one has taken over the name
-            node = (pool in specs and specs[pool].node) or job.node
-            wanted = specs[pool].instances if pool in specs and not away(node, system) else 0
-        there = Counter(i.node or node for i in system.instances if i.pool == pool and i.state not in GONE)
-        there[node] = max(there[node], wanted)
+            wanted = {node or job.node: count for node, count in specs[pool].spread.items()} if pool in specs else {}
+            gone = {node for node in wanted if away(node, system)}
+        there = Counter(i.node or job.node for i in system.instances if i.pool == pool and i.state not in GONE)
+        for node in wanted.keys() - gone:
+            there[node] = max(there[node], wanted[node])
         shares = tuple(Share(at, count) for at, count in sorted(there.items()) if count)
         if shares or deployment:
             found.append(Held(job, shares, deployment.name if deployment else ""))

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from kernelm_contracts.jobs import DEPLOY, DeployRequest, JobRecord, JobSpec
+from kernelm_contracts.deployments import DEPLOY, DeployRequest
+from kernelm_contracts.jobs import JobRecord, JobSpec
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deployment import already_serves, check, request_of, result_of
 from kernelm_jobs.rounds import plugins_for, version_of

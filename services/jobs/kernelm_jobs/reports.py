@@ -53,7 +53,7 @@ class Reports:
             await self._table.progress(job.id, report.epoch, report.progress)
         if report.note:
             await self._table.move_all({job.id: lambda now: msgspec.structs.replace(
-                self._fence(now, report, caller), why=report.note)})  # fmt: skip
+                self._fence(now, report, caller), why=report.note, left=report.left or now.left)})  # fmt: skip
         if report.address and job.gang:
             job = await self._table.move(job.id, lambda now: msgspec.structs.replace(
                 self._fence(now, report, caller), meeting=report.address))  # fmt: skip

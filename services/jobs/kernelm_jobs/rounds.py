@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from msgspec import Struct, structs
 
-from kernelm_contracts.jobs import Deployment, JobRecord, JobSpec
+from kernelm_contracts.deployments import Deployment
+from kernelm_contracts.jobs import JobRecord, JobSpec
 from kernelm_contracts.scheduler import Action, ClusterState, Decision, ModelState, NodeState, PendingJob, PlacedJob, Share, Tenant
 from kernelm_jobs.deployment import instances_for, is_replica, request_of
 from kernelm_jobs.elastic import WIDE, WIDTH, fraction, is_elastic, terms
-from kernelm_jobs.holdings import Held, instances_of, shares_of, size, times
+from kernelm_jobs.holdings import Held, instances_of, shares_of, size, spread, times
 from kernelm_jobs.runs import digests_in
 from kernelm_jobs.states import HOLDING
 from kernelm_sdk.system import Instance, NodeReport, Resources, SystemState
@@ -25,7 +26,7 @@ ACTIONS: tuple[Action, ...] = ("preempt", "migrate", "resize", "scale")
 POOL = "pool:"  # before the name of a plugin: a replica needs no slot of an instance, it brings a pool of its own
 RESTART_S = 10.0  # to stop at a checkpoint and be at work again, as reckoned with
 SERVED_STEP_S = 30.0  # in which attained service grows, so that a round is not about every running job
-MODEL = "model:"  # before the name of a deployment: its further replicas, which go where it has some, or anywhere
+MODEL = "model:"  # before the name of a deployment: its further replicas
 
 
 class Worker(Struct, frozen=True):
@@ -121,7 +122,7 @@ def pending_job(job: JobRecord, doers: tuple[str, ...], deployments: Mapping[str
         plugins, members = tuple(WIDE + p for p in doers) if is_elastic(job) else doers, spec.gang
     return PendingJob(job.id, spec.name, spec.resources, plugins, spec.priority, spec.tenant, job.submitted, job.attempt,
                       tuple(sorted(set(digests_in(spec.request)))), (job.node,) if job.node else (), members,
-                      within="node" if is_elastic(job) or (is_replica(job) and members > 1) else "", started=job.started,
+                      within="node" if is_elastic(job) else "", started=job.started,
                       restart_s=RESTART_S, estimate_s=_left(job), deadline=spec.deadline, preemptible=spec.preemptible,
                       served_s=job.served_s, preemptions=job.preemptions,
                       model=request_of(job).name if is_replica(job) else "", **terms(job))  # fmt: skip
@@ -162,9 +163,11 @@ def _shown_placed(held: Held, ready: Mapping[str, Worker], now: float, shown: Sh
 def cluster_state(version: int, now: float, held: Sequence[Held], pending: Sequence[PendingJob], reports: Sequence[NodeReport],
                   ready: Sequence[Worker], quotas: Mapping[str, Resources], tenants: tuple[Tenant, ...] = (),
                   source: str = "", models: Sequence[ModelState] = (),
-                  loaded: Mapping[str, tuple[str, ...]] | None = None, shown: Shown | None = None) -> ClusterState:  # fmt: skip
+                  loaded: Mapping[str, tuple[str, ...]] | None = None, shown: Shown | None = None,
+                  avoid: Mapping[str, Collection[str]] | None = None) -> ClusterState:  # fmt: skip
     """What the scheduler decides on: capacity as the nodes report it, less what jobs and deployments hold by our own account.
-    Of what lies on the nodes it is told what somebody could ask for. `loaded`: node -> models that are loaded there."""
+    Of what lies on the nodes it is told what somebody could ask for. `loaded`: node -> models that are loaded there.
+    `avoid`: model -> nodes that it is not to be given."""
     asked = {digest for job in pending for digest in job.artifacts} | {model.artifact for model in models}
     wide = {plugin for job in pending for plugin in job.plugins if plugin.startswith(WIDE)}
     servers = {each.model: request_of(each.job).plugin for each in held if each.model}
@@ -188,8 +191,8 @@ def cluster_state(version: int, now: float, held: Sequence[Held], pending: Seque
         for plugin, members in brought:
             slots.update({plugin: members} if plugin.removeprefix(POOL) in report.plugins else {})
         for model in models:
-            at = {share.node for share in model.allocation}
-            if report.node in at or (not at and servers[model.name] in report.plugins):
+            new = report.node not in (avoid or {}).get(model.name, ()) and servers[model.name] in report.plugins
+            if new or any(share.node == report.node for share in model.allocation):
                 slots[MODEL + model.name] = max(model.maximum - model.replicas, 0)
         free = left(report.capacity, [each.on(report.node) for each in here[report.node]])
         nodes.append(NodeState(report.node, report.capacity, free, dict(slots), tuple(sorted(asked.intersection(report.artifacts))),
@@ -300,15 +303,13 @@ class Free:
         return True
 
     def scale(self, decision: Decision, state: ClusterState) -> Decision:
-        """The decision with as many further replicas as there is room for now, on one node: where it has some, else where it was
-        given most."""
+        """The decision with as many further replicas as there is room for now."""
         model = next(m for m in state.models if m.name == decision.job)
         has = {share.node: share.members for share in model.allocation}
-        at = max(decision.allocation, key=lambda share: (share.node in has, share.members), default=Share("")).node
         shares = []
-        for share in (s for s in decision.allocation if s.node == at):
-            count = min(share.members, has.get(share.node, 0))
-            while count < share.members and self.take((structs.replace(share, members=1),), model.request):
+        for node, members in spread(decision.allocation).items():
+            count = min(members, has.get(node, 0))
+            while count < members and self.take((Share(node),), model.request):
                 count += 1
-            shares.append(structs.replace(share, members=count))
+            shares.append(Share(node, count))
         return structs.replace(decision, allocation=tuple(share for share in shares if share.members))

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 from msgspec import inspect as types
 
-from kernelm_contracts.jobs import DEPLOY, Deployed, DeployRequest, JobRecord, RunRecord, RunSpec, StageSpec
+from kernelm_contracts.deployments import DEPLOY, Deployed, DeployRequest
+from kernelm_contracts.jobs import JobRecord, RunRecord, RunSpec, StageSpec
 from kernelm_jobs import deployment
 from kernelm_jobs.deployment import DIGEST, is_replica
 from kernelm_sdk.contract import CONTRACTS, Method, token
@@ -65,15 +66,16 @@ def content_key(uses: str, plugin: str, version: str, request: dict[str, Any]) -
 
 def digests_in(value: Any) -> Iterator[str]:
     """Every artifact's digest in a request or a result."""
+    yield from filter(DIGEST.match, _texts_in(value))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a nested value."""
     if isinstance(value, str):
-        if DIGEST.match(value):
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from digests_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from digests_in(item)
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
 # ---- references --------------------------------------------------------------------------------------------------
@@ -81,17 +83,12 @@ def digests_in(value: Any) -> Iterator[str]:
 
 def references_in(value: Any) -> Iterator[tuple[str, str]]:
     """Every (stage, field) that `with` refers to; ValueError for what looks like a reference and is none."""
-    if isinstance(value, str) and "${" in value:
-        match = REFERENCE.match(value)
-        if match is None:
-            raise ValueError(f"{value!r}: a reference is the whole value, as in \"${{train.model}}\"")
-        yield match[1], match[2]
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from references_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from references_in(item)
+    for text in _texts_in(value):
+        if "${" in text:
+            match = REFERENCE.match(text)
+            if match is None:
+                raise ValueError(f"{text!r}: a reference is the whole value, as in \"${{train.model}}\"")
+            yield match[1], match[2]
 
 
 def replaced(value: Any, results: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -10,30 +10,35 @@ is lost. From then on a call comes here (`absent`): the caller is told at once t
 Elsewhere: a deployment whose node is gone (`holdings.stranded`) holds nothing any more, its calls are told so by this service, and
 the scheduler is shown that it has no replica and needs as many as before. Where it decides on another node, that is on record
 before the pool is moved there, under its own name: the generation stays, and the kernel stops what would run of it anywhere else.
-Until then it waits, and the record says for what; where its node comes back first, it goes on there.
+Until then it waits, and the record says for what; where its node comes back first, it goes on there. The same goes for one that
+does not get ready where it was decided: it is stopped there, and the node is avoided for a while (`Deployment.avoid`).
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NoReturn
 
 from msgspec import structs
 
-from kernelm_contracts.jobs import WAITS, Deployment, DeployRequest, JobRecord, ModelScaled
+from kernelm_contracts.deployments import WAITS, Avoided, Deployment
+from kernelm_contracts.jobs import JobRecord, ModelScaled
 from kernelm_contracts.scheduler import Decision, ModelState, Share
 from kernelm_jobs.cluster import Cluster
 from kernelm_jobs.deploy import Deployer
-from kernelm_jobs.deployment import answers, has_ready, is_replica, request_of, route_to
-from kernelm_jobs.holdings import home, serving, size, stranded
+from kernelm_jobs.deployment import answers, bounds, has_ready, is_replica, request_of, several
+from kernelm_jobs.holdings import given_up, missed, named, places, serving, size, spread, stranded
 from kernelm_jobs.load import Gauge, Load
+from kernelm_jobs.placing import Pools, fits, on_its_nodes
 from kernelm_jobs.rounds import MODEL
+from kernelm_jobs.routing import canaries, failing, pool_in, quarantine, route_in, shares, swap_in
 from kernelm_jobs.settings import Settings
 from kernelm_jobs.states import HOLDING
 from kernelm_jobs.table import Table
 from kernelm_sdk.bus import Bus
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
-from kernelm_sdk.system import Empty, Kernel, Lifecycle, PoolName, PoolSpec, Probe, ScaleRequest, SystemState
+from kernelm_sdk.system import Empty, Lifecycle, Probe, SystemState
 
 log = logging.getLogger("kernelm.jobs")
 PATIENCE_S = 30.0  # for a kernel that restarts
@@ -45,11 +50,15 @@ class Scaling:
 
     def __init__(self, bus: Bus, table: Table, cluster: Cluster, deployer: Deployer, settings: Settings) -> None:
         self._bus, self._table, self._cluster, self._deployer, self._settings = bus, table, cluster, deployer, settings
+        self._pools = Pools(bus, table, cluster)
         self._gauges: dict[str, Gauge] = {}
         self._loads: dict[str, Load] = {}
         self._start_s: dict[str, float] = {}  # deployment -> how long its last start took
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stranded: dict[str, str] = {}  # deployment without a place -> what has become of its node
+        self._reduced: dict[str, str] = {}  # deployment that has lost a part of its replicas -> what has become of their node
+        self._late: dict[str, str] = {}  # deployment that is waited for -> why
+        self._canaries: dict[str, int] = {}  # deployment -> percent of its calls that go to what shall replace it
         self.wake: Callable[[], None] = lambda: None  # have a round
 
     # ---- what the scheduler is told ----
@@ -67,9 +76,11 @@ class Scaling:
                 continue
             try:
                 system = await self._cluster.system()
+                self._canaries = canaries(system)
+                deployments = [await self._without_failing(each, system) for each in deployments]
                 await self._measure(scaled := self.scaled, system)
             except Fault as fault:  # the kernel or the broker is away: nothing is known, so nothing changes
-                log.warning("the load of deployments can't be measured: %s", fault.message)
+                log.warning("deployments can't be looked after: %s", fault.message)
                 continue
             for deployment in deployments:
                 if not self._settled(deployment, system):
@@ -96,29 +107,29 @@ class Scaling:
 
     def states(self, system: SystemState) -> list[ModelState]:
         """Every deployment that serves, with its load. One that is not scaled, or is being replaced now, stays as it is."""
-        changing = {request_of(job).name for job in self._table.jobs.in_states(*HOLDING)
-                    if is_replica(job) and not job.result}  # fmt: skip
-        found, self._stranded = [], {}
+        changing, found, self._stranded, self._reduced = self._changing(), [], {}, {}
         for deployment in self._table.deployments.values():
             job = self._table.jobs.get(deployment.job)
             if job is not None and job.state in HOLDING and job.result:
-                if lost := stranded(deployment, home(deployment, job), system):
-                    self._stranded[deployment.name] = lost
-                found.append(self._state(deployment, job, deployment.name in changing, bool(lost)))
+                wanted = places(deployment, job)
+                lost = missed(deployment, wanted, system)
+                if lost:
+                    gone = self._reduced if len(lost) < len(wanted) else self._stranded
+                    gone[deployment.name] = "; ".join(lost.values())
+                left = tuple(Share(node, count) for node, count in wanted.items() if node not in lost)
+                found.append(self._state(deployment, job, deployment.name in changing, left))
         return found
 
-    def _state(self, deployment: Deployment, job: JobRecord, changing: bool, lost: bool) -> ModelState:
+    def _state(self, deployment: Deployment, job: JobRecord, changing: bool, allocation: tuple[Share, ...]) -> ModelState:
         request, load = request_of(job), self._loads.get(deployment.name, Load())
         low, high = bounds(request, deployment.replicas, changing)
-        replicas = deployment.replicas
-        if lost:  # it has none, and is to come back as large as it was
-            replicas, low, high = 0, max(low, replicas), max(high, replicas)
-        allocation = (Share(home(deployment, job), replicas),) if replicas else ()
+        if (replicas := size(allocation)) < deployment.replicas:  # some have lost their node: it is to be as large as it was again
+            low, high = max(low, deployment.replicas), max(high, deployment.replicas)
         return ModelState(deployment.name, job.spec.tenant, job.spec.resources, (MODEL + deployment.name,), deployment.artifact,
                           replicas, allocation, low, high, round(load.arrivals_per_s, 3), load.queue,
                           round(load.rate_per_s, 3), 1, load.latency_ms, request.objective_ms, round(load.idle_s, 1),
                           self._start_s.get(deployment.name, START_S), deployment.scaled or deployment.when, job.spec.priority,
-                          zero_after_s=request.idle_s, within="node")  # fmt: skip
+                          zero_after_s=request.idle_s)  # fmt: skip
 
     # ---- a call while there is no instance ----
 
@@ -130,9 +141,12 @@ class Scaling:
         after_s = self._start_s.get(model, START_S)
         if deployment.replicas:
             waits = deployment.why if deployment.waits else self._stranded.get(model)
-            why = waits or "an instance is being started"
-            return KernelFault("starting", f"{model} has no instance now: {why}", "call again: callers with patience do so",
-                               retriable=True, retry_after_s=after_s)  # fmt: skip
+            why = waits or self._late.get(model) or "an instance is being started"
+            remedy = "call again: callers with patience do so"
+            if share := self._canaries.get(model):
+                why += f"; {share} % of the calls go to its canary, and no more before it is promoted"
+                remedy += f"; `kernelm model promote {model}` gives the canary all calls now"
+            return KernelFault("starting", f"{model} has no instance now: {why}", remedy, retriable=True, retry_after_s=after_s)
         self._gauge(model).knock(caller, time.monotonic())
         if load := self._loads.get(model):
             self._loads[model] = structs.replace(load, queue=max(load.queue, 1), idle_s=0.0)
@@ -146,24 +160,31 @@ class Scaling:
 
     async def scale(self, decision: Decision) -> None:
         """Put the number of replicas that was decided on record, and begin with what follows from it."""
-        replicas, lost = size(decision.allocation), self._stranded.pop(decision.job, "")
-        node = decision.allocation[0].node if decision.allocation else ""
-        why = f"{lost}; {decision.reason}" if lost else decision.reason
-        before, after = await self._table.deployments.update(decision.job, lambda now: structs.replace(
-            now, replicas=replicas, node=node or now.node, scaled=time.time(), why=why)
-            if (now.replicas, now.node) != (replicas, node or now.node) else now)  # fmt: skip
+        where, lost = spread(decision.allocation), self._stranded.pop(decision.job, "")
+        replicas = sum(where.values())
+        why = "; ".join(filter(None, (lost, self._reduced.pop(decision.job, ""), decision.reason)))
+
+        def change(now: Deployment) -> Deployment:
+            if now.spread == where and not given_up(now):
+                return now
+            at = now.node if now.node in where or not where else max(where, key=lambda node: where[node])
+            avoid = {name: entry for name, entry in now.avoid.items() if name not in where and entry.until > time.time()}
+            return structs.replace(now, replicas=replicas, node=at, places=several(where), scaled=time.time(), why=why, avoid=avoid)
+
+        before, after = await self._table.deployments.update(decision.job, change)
         if after is not before:
             log.info("%s goes from %d to %d replicas: %s", after.name, 0 if lost else before.replicas, replicas, why)
-            if after.node != before.node:
-                await self._say(after, f"moves to node {after.node}: {why}", (Share(after.node, replicas),))
+            if not where.keys() <= before.spread.keys() | {before.node} or given_up(before):
+                await self._say(after, f"moves to {named(where)}: {why}", decision.allocation)
             self._scaled(after, replicas, 0 if lost else before.replicas, why)
             self._begin(after.name)
 
     async def explain(self, reasons: Mapping[str, str], otherwise: str = f"{WAITS}the scheduler has no place for it") -> None:
         """Put on record for what those wait that lost their node, and found no place in this round."""
         for name, lost in list(self._stranded.items()):
-            why = f"{WAITS}{reasons.get(name, otherwise).removeprefix(WAITS)}; {lost}"
             if (found := self._table.deployments.get(name)) is not None:
+                reason = reasons.get(name, otherwise).removeprefix(WAITS)
+                why = WAITS + (f"{lost}; elsewhere: {reason}" if given_up(found) else f"{reason}; {lost}")
                 await self._table.deployments.update(name, lambda now, why=why: now if now.why == why else  # type: ignore[misc]
                                                      structs.replace(now, why=why))  # fmt: skip
                 await self._say(found, why)
@@ -179,7 +200,7 @@ class Scaling:
 
         def change(now: JobRecord) -> JobRecord:
             new = structs.replace(now, why=why)
-            return structs.replace(new, node=allocation[0].node, allocation=allocation) if allocation else new
+            return structs.replace(new, node=deployment.node, allocation=allocation) if allocation else new
 
         job = self._table.jobs.get(deployment.job)
         if job is not None and (job.why != why or allocation):
@@ -188,8 +209,8 @@ class Scaling:
     def _scaled(self, deployment: Deployment, replicas: int, was: int, why: str) -> None:
         """Tell everybody."""
         job = self._table.jobs.need(deployment.job)
-        self._table.publish(ModelScaled(model=deployment.name, replicas=replicas, was=was, why=why, node=deployment.node,
-                                        tenant=job.spec.tenant, cpu=job.spec.resources.cpu))  # fmt: skip
+        self._table.publish(ModelScaled(model=deployment.name, replicas=replicas, was=was, why=why, tenant=job.spec.tenant,
+                                        node=", ".join(deployment.spread), cpu=job.spec.resources.cpu))  # fmt: skip
 
     def recover(self) -> None:
         """After a restart: go on with what was begun."""
@@ -214,84 +235,97 @@ class Scaling:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _lost(self, deployment: Deployment, system: SystemState) -> str:
-        """What has become of the node of a deployment that has no replica since; "" for nothing."""
+        """Why a deployment has no place; "" where it has one."""
         job = self._table.jobs.get(deployment.job)
-        return stranded(deployment, home(deployment, job), system) if job is not None else ""
+        return stranded(deployment, places(deployment, job), system) if job is not None else ""
+
+    def _places(self, deployment: Deployment) -> dict[str, int]:
+        return places(deployment, self._table.jobs.need(deployment.job))
+
+    def _changing(self) -> set[str]:
+        """The deployments that another model is to replace."""
+        jobs = self._table.jobs.in_states(*HOLDING)
+        return {request_of(job).name for job in jobs if is_replica(job) and not job.result}
+
+    def _busy(self, name: str, system: SystemState) -> bool:
+        """Whether another model is replacing it now. That may take long, as a canary that is watched."""
+        replaced = self._deployer.alone(name).locked() and name in self._changing()
+        return replaced or swap_in(name, system) is not None
 
     def _settled(self, deployment: Deployment, system: SystemState) -> bool:
         """Whether pool and route are as the record says, and the record of its job tells how it is."""
-        spec, lost = _pool(deployment, system), self._lost(deployment, system)
+        spec, lost = pool_in(deployment, system), self._lost(deployment, system)
         if spec is None or spec.parked:
             return True
-        placed = not deployment.replicas or spec.node == (deployment.node or spec.node)
-        waits = deployment.waits and not lost  # no more
-        if _swapped(deployment.name, system):
-            return placed and not waits  # a swap is about number and route: when that is over, the next look tells
-        at = self._bus.user if deployment.replicas == 0 or lost else deployment.pool
-        there = placed and spec.instances == deployment.replicas and _route(deployment.name, system) in ("", at)
-        return there and not waits and (bool(lost) or self._told(deployment))
+        to = self._bus.user if lost or not deployment.replicas else deployment.pool
+        wanted, route = shares(deployment, swap_in(deployment.name, system), to), route_in(deployment.name, system)
+        routed = not wanted or route in ((), wanted)
+        there = on_its_nodes(spec, deployment) and routed and (bool(lost) or not deployment.waits)  # else it waits no more
+        if self._busy(deployment.name, system):  # number and all else when that is over: the next look tells
+            return there and not (given_up(deployment) and spec.instances)
+        return there and fits(spec, deployment) and (bool(lost) or self._told(deployment))
 
     def _told(self, deployment: Deployment) -> bool:
         job = self._table.jobs.get(deployment.job)
         return job is None or job.state != "running" or job.why == answers(deployment.name, deployment.generation)
 
     async def _settle(self, name: str) -> None:
-        """Make pool and route what the record says. While a replacement of the model is under way only the place, for that may
-        take long, as a canary that is watched; all else when it is over."""
+        """Make pool and route what the record says. While a replacement of the model is under way only what can't wait: the place,
+        and what callers are told while there is none."""
         deployment, system = self._table.deployments.get(name), await self._cluster.system(PATIENCE_S)
-        if deployment is not None and _swapped(name, system):
-            if not await self._move(deployment, system) and not self._settled(deployment, system):
+        if deployment is not None and self._busy(name, system):
+            if not self._settled(deployment, system) and not await self._no_place(deployment, system):
+                moved = await self._pools.move(deployment, system) and not has_ready(deployment.pool, system)
+                if moved or self._bus.user in [d.pool for d in route_in(name, system)]:
+                    await self._arrive(deployment, system)
                 await self._tell(deployment)
             return
         async with self._deployer.alone(name):
             deployment, system = self._table.deployments.get(name), await self._cluster.system(PATIENCE_S)
             if deployment is None:
                 return  # it was taken away meanwhile
-            spec = _pool(deployment, system)
-            if spec is None or self._settled(deployment, system):
+            spec = pool_in(deployment, system)
+            if spec is None or self._settled(deployment, system) or await self._no_place(deployment, system):
                 return
-            begun, to = time.monotonic(), _route(name, system)
             if deployment.replicas == 0:
-                if to != self._bus.user:
-                    await self._point(deployment, self._bus.user, "no calls: the next one starts an instance")
-                await self._scale_pool(spec, 0)
-            elif lost := self._lost(deployment, system):
-                await self._point(deployment, self._bus.user, lost)
-                self._scaled(deployment, 0, deployment.replicas, lost)
-                return
+                await self._pools.share(deployment, self._bus.user, "no calls: the next one starts an instance")
+                await self._pools.resize(spec, 0)
             else:
-                if not await self._move(deployment, system) and spec.instances != deployment.replicas:
-                    await self._scale_pool(spec, deployment.replicas)
-                if to != deployment.pool:
-                    await self._ready(deployment)
-                    self._start_s[name] = round(time.monotonic() - begun, 1)
-                    await self._point(deployment, deployment.pool, self._since(deployment))
+                moved = await self._pools.move(deployment, system)
+                if not moved:
+                    await self._pools.fit(spec, deployment)
+                waits = moved and not has_ready(deployment.pool, system)
+                if waits or route_in(name, system) != shares(deployment, None, deployment.pool):
+                    await self._arrive(deployment, system)
             await self._tell(deployment)
 
-    async def _scale_pool(self, spec: PoolSpec, instances: int) -> None:
-        await self._bus.call(Kernel.scale, ScaleRequest(spec.pool, instances), timeout_s=10.0, patience_s=PATIENCE_S)
-
-    async def _move(self, deployment: Deployment, system: SystemState) -> bool:
-        """Have the pool on the node that was decided; whether it was on another one."""
-        spec = _pool(deployment, system)
-        if spec is None or spec.parked or not deployment.replicas or spec.node == (deployment.node or spec.node):
+    async def _no_place(self, deployment: Deployment, system: SystemState) -> bool:
+        """Where it has no place, have callers told so, and nothing run on a node that it was given up on; whether that is so."""
+        spec, lost = pool_in(deployment, system), self._lost(deployment, system)
+        if not lost or spec is None:
             return False
-        moved = structs.replace(spec, node=deployment.node, instances=deployment.replicas)
-        await self._bus.call(Kernel.start_pool, moved, timeout_s=10.0, patience_s=PATIENCE_S)
-        now = self._table.deployments.get(deployment.name)
-        if now is None or now.pool != spec.pool:  # what replaces it has ended it meanwhile
-            await self._bus.call(Kernel.stop_pool, PoolName(spec.pool), timeout_s=10.0, patience_s=PATIENCE_S)
-        elif _route(deployment.name, system) != self._bus.user:  # else it is ready before it gets calls again
-            await self._ready(deployment)
-            await self._tell(deployment)
+        await self._pools.share(deployment, self._bus.user, lost)
+        if given_up(deployment) and spec.instances:
+            await self._pools.resize(spec, 0)
+        self._scaled(deployment, 0, deployment.replicas, lost)
         return True
+
+    async def _arrive(self, deployment: Deployment, system: SystemState) -> None:
+        """Have its calls answered by its pool as soon as that can, and told for what they wait until then."""
+        begun, name = time.monotonic(), deployment.name
+        if not has_ready(deployment.pool, system):
+            await self._pools.share(deployment, self._bus.user, self._late.get(name) or deployment.why)
+        await self._ready(deployment)
+        self._late.pop(name, None)
+        self._start_s[name] = round(time.monotonic() - begun, 1)
+        await self._pools.share(deployment, deployment.pool, self._since(deployment))
 
     def _since(self, deployment: Deployment) -> str:
         """Why it is as it is, now that it does not wait."""
         if not deployment.waits:
             return deployment.why
-        node = home(deployment, self._table.jobs.need(deployment.job))
-        return f"node {node} is there again"  # before another one had room
+        nodes = self._places(deployment)
+        return f"node {' or '.join(nodes)} is there again"  # before another one had room
 
     async def _tell(self, deployment: Deployment) -> None:
         """Put on record that it answers, or would if it were called."""
@@ -302,39 +336,59 @@ class Scaling:
         await self._say(deployment, answers(deployment.name, deployment.generation))
 
     async def _ready(self, deployment: Deployment) -> None:
-        """Until an instance is ready; KernelFault "not_ready" after `deploy_s`, or where none will be: the next look tells more."""
+        """Until an instance is ready; KernelFault "not_ready" where none will be, or none was within `deploy_s`."""
         until = time.monotonic() + self._settings.deploy_s
         while not has_ready(deployment.pool, system := await self._cluster.system(PATIENCE_S)):
             now = self._table.deployments.get(deployment.name)
             if now is None or (now.pool, now.node) != (deployment.pool, deployment.node) or self._lost(now, system):
                 raise KernelFault("not_ready", f"{deployment.pool} has lost its place before it was ready", retriable=True)
+            if why := quarantine(deployment.pool, system):
+                await self._give_up(deployment, why)
             if time.monotonic() > until:
-                raise KernelFault("not_ready", f"{deployment.pool} has no ready instance within {self._settings.deploy_s:g} s",
-                                  "see the log of its instances", retriable=True)  # fmt: skip
+                await self._too_late(deployment, system)
             await self._deployer.look()
 
-    async def _point(self, deployment: Deployment, pool: str, why: str) -> None:
-        await self._bus.call(Kernel.set_route, route_to(deployment, pool, why), timeout_s=10.0, patience_s=PATIENCE_S)
+    async def _too_late(self, deployment: Deployment, system: SystemState) -> NoReturn:
+        """It may only be slow: it goes on where no other node could have it. KernelFault "not_ready"."""
+        why = f"no instance was ready within {self._settings.deploy_s:g} s"
+        nodes = self._places(deployment)
+        if any(r.node not in nodes and deployment.plugin in r.plugins for r in await self._cluster.reports(system)):
+            await self._give_up(deployment, why)
+        self._late[deployment.name] = why = f"{why}, and no other node has {deployment.plugin}: it is waited for"
+        await self._say(deployment, what := f"{named(nodes)}: {why}")
+        raise KernelFault("not_ready", f"{deployment.pool} on {what}", "see the log of its instances", retriable=True)
 
+    async def _give_up(self, deployment: Deployment, why: str) -> NoReturn:
+        """Put on record that its nodes are avoided for a while: it has no place now. KernelFault "not_ready"."""
+        nodes = self._places(deployment)
+        await self._avoid(deployment, nodes, nodes, why)
+        raise KernelFault("not_ready", f"{deployment.pool} is given up on {named(nodes)}: {why}", "see the log of its instances",
+                          retriable=True)  # fmt: skip
 
-def bounds(request: DeployRequest, replicas: int, changing: bool) -> tuple[int, int]:
-    """(fewest, most) replicas that may be decided on now."""
-    if changing:
-        return replicas, replicas
-    if not request.maximum:  # fewer, where a node had no room for more
-        return request.instances, request.instances
-    return request.minimum, max(request.maximum, request.minimum)
+    async def _without_failing(self, deployment: Deployment, system: SystemState) -> Deployment:
+        """The deployment, without the nodes where its replicas have ended so often that the kernel starts no more of them."""
+        if (job := self._table.jobs.get(deployment.job)) is None:
+            return deployment
+        nodes, why = failing(deployment, where := places(deployment, job), system)
+        return await self._avoid(deployment, where, nodes, why) if nodes else deployment
 
+    async def _avoid(self, deployment: Deployment, where: Mapping[str, int], nodes: Collection[str], why: str) -> Deployment:
+        """Put on record that of the nodes `where` it is to be `nodes` are avoided for a while. It goes on with the replicas on the
+        others, if there are any, and the scheduler decides where the missing ones go."""
+        entry = Avoided(time.time() + self._settings.avoid_s, why)
+        left = {node: count for node, count in where.items() if node not in nodes}
 
-def _pool(deployment: Deployment, system: SystemState) -> PoolSpec | None:
-    return next((p for p in system.pools if p.pool == deployment.pool), None)
+        def change(now: Deployment) -> Deployment:
+            if (now.pool, now.node) != (deployment.pool, deployment.node) or (left and now.spread != deployment.spread):
+                return now
+            new = structs.replace(now, node=now.node or next(iter(where)), avoid=now.avoid | dict.fromkeys(nodes, entry))
+            if not left:  # what it is to have again, and where it was
+                return new
+            return structs.replace(new, node=next(iter(left)), replicas=sum(left.values()), places=several(left),
+                                   why=f"{named(nodes)}: {why}")  # fmt: skip
 
-
-def _swapped(name: str, system: SystemState) -> bool:
-    return any(name in s.routes and not s.over for s in system.swaps)
-
-
-def _route(name: str, system: SystemState) -> str:
-    """Where all calls of the model go; "" where they are spread."""
-    to = next((r.to for r in system.routes if r.kind == "model" and r.name == name), ())
-    return to[0].pool if len(to) == 1 else ""
+        before, after = await self._table.deployments.update(deployment.name, change)
+        if after.replicas < before.replicas:
+            self._scaled(after, after.replicas, before.replicas, after.why)
+        self.wake()
+        return after

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
+from kernelm_contracts.deployments import Deployment, RollbackDeployment, Undeploy
 from kernelm_contracts.jobs import (
-    Deployment,
     JobList,
     JobName,
     JobQuery,
@@ -18,12 +18,10 @@ from kernelm_contracts.jobs import (
     JobSpec,
     Outlook,
     Plan,
-    RollbackDeployment,
     RunName,
     RunRecord,
     RunSpec,
     RunView,
-    Undeploy,
 )
 from kernelm_contracts.shadows import Compared, Shadow, ShadowRequest
 from kernelm_contracts.usage import UsageQuery, UsageReport

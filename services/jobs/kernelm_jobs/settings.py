@@ -20,6 +20,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     watch_every_s: float = 2.0  # between looks at instances and deadlines
     probe_every_s: float = 5.0  # between questions to an instance whether it still works on its jobs
     deploy_s: float = 300.0  # a pool that has no ready instance by then has failed to deploy
+    avoid_s: float = 600.0  # for so long a deployment is not started on a node on which it did not get ready
     round_every_s: float = 10.0  # so often the scheduler is asked though nothing has happened
     load_every_s: float = 1.0  # between looks at the load of deployments that follow it
     load_window_s: float = 5.0  # their load is that of so long

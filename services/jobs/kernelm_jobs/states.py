@@ -7,7 +7,8 @@ from typing import Any
 from msgspec import structs
 
 from kernelm_contracts.jobs import JobRecord, JobState
-from kernelm_sdk.errors import ClientFault, FaultBody
+from kernelm_sdk import transitions
+from kernelm_sdk.errors import FaultBody
 
 # (state, what happens) -> next state. What is not in the table can't happen: `advance` raises and changes nothing.
 TRANSITIONS: dict[tuple[str, str], JobState] = {
@@ -40,12 +41,7 @@ LIVE = HOLDING | {"queued"}
 
 def step(state: str, happening: str) -> JobState:
     """The next state; ClientFault "illegal_transition" where the table has none."""
-    try:
-        return TRANSITIONS[state, happening]
-    except KeyError:
-        legal = sorted(h for s, h in TRANSITIONS if s == state)
-        raise ClientFault("illegal_transition", f"{happening!r} can't happen to a job that is {state or 'new'!r}",
-                          f"possible: {', '.join(legal) or 'nothing'}") from None  # fmt: skip
+    return transitions.step(TRANSITIONS, state, happening, f"a job that is {state or 'new'!r}")
 
 
 def advance(record: JobRecord, happening: str, **changes: Any) -> JobRecord:
@@ -76,14 +72,15 @@ def failed(record: JobRecord, fault: FaultBody, why: str = "") -> JobRecord:
 
 def diagram() -> str:
     """The table as a Mermaid state diagram."""
-    lines = [f"    {s or '[*]'} --> {t}: {h}" for (s, h), t in TRANSITIONS.items()]
-    return "\n".join(["stateDiagram-v2", *lines, *(f"    {s} --> [*]" for s in sorted(FINAL))])
+    return transitions.diagram(TRANSITIONS, FINAL)
 
 
 def latest_checkpoint(key: str, jobs: Iterable[JobRecord]) -> str:
     """The last checkpoint of a job that does the same work (equal content key): of an earlier run that was changed in
-    another stage, say, or was cancelled halfway. "" if there is none."""
-    twins = [job for job in jobs if job.key == key and job.checkpoint]
+    another stage, say, or was cancelled halfway. None that one of these jobs could not go on from; "" if there is no other."""
+    same = [job for job in jobs if job.key == key]
+    left = {job.left for job in same}
+    twins = [job for job in same if job.checkpoint and job.checkpoint not in left]
     return max(twins, key=lambda job: (job.progress.fraction, job.heard)).checkpoint if twins else ""
 
 

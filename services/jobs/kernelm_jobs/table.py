@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from kernelm_contracts.jobs import Deployment, JobChanged, JobProgress, JobRecord, RunRecord
+from kernelm_contracts.deployments import Deployment
+from kernelm_contracts.jobs import JobChanged, JobProgress, JobRecord, RunRecord
 from kernelm_jobs.deployment import Attempt
 from kernelm_jobs.holdings import shares_of, size
 from kernelm_jobs.records import PATIENCE_S, JobRecords, Records, encode

@@ -22,6 +22,14 @@ from kernelm_sdk.system import Empty, InstanceChanged, InstanceName, Lifecycle, 
 log = logging.getLogger("kernelm.jobs")
 
 
+def lost(job: JobRecord, why: str) -> FaultBody:
+    """The fault of a job whose instance is gone. Its last attempt is not promised another one."""
+    remedy = "it goes on from its last checkpoint"
+    if job.attempt + 1 >= job.spec.attempts:
+        remedy = f"logs/{job.instance}.log in its node's home says more; mend it, and submit the same again to go on"
+    return FaultBody("kernel", "lost", why, remedy, retriable=True)
+
+
 class Watch:
     """Looks after every job that is in an instance's hands."""
 
@@ -107,8 +115,7 @@ class Watch:
 
     async def _lost(self, job: JobRecord, why: str) -> None:
         log.warning("job %s/%d is lost: %s", job.id, job.epoch, why)
-        fault = FaultBody("kernel", "lost", why, "it goes on from its last checkpoint", retriable=True)
-        await self._dispatcher.fail(job, fault, why)
+        await self._dispatcher.fail(job, lost(job, why), why)
 
     async def _take_away(self, job: JobRecord, silent: float) -> None:
         """Fence first, then stop the instance: what hangs does not listen, and its thread can't be ended otherwise. It gets

@@ -3,24 +3,32 @@
 import asyncio
 import contextlib
 import hashlib
+import os
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from kernelm.testing.harness import System, until
 from kernelm.testing.node import InlineNode
+from kernelm_cli.home import UpFile, write_up
 from kernelm_contracts.data import Data, DatasetCard, Prepared, PrepareRequest
+from kernelm_contracts.deployments import WAITS, Deployment
 from kernelm_contracts.jobs import JobName, JobRecord, Jobs, RunName, RunRecord, RunSpec, RunView
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Label, ServedModel, Server
 from kernelm_contracts.trainer import Scores, Trained, Trainer, TrainRequest
 from kernelm_scheduler.plugin import SchedulerPlugin
-from kernelm_sdk.errors import ClientFault
+from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.plugin import Call, Job, Manifest, Plugin
-from kernelm_sdk.system import PoolSpec
+from kernelm_sdk.system import PoolSpec, Resources
 
 SETTINGS = "watch_every_s = 0.2\nprobe_every_s = 0.4\ndeploy_s = 10.0\nround_every_s = 0.5\n"
+NONE = Resources(0.25, 8000)  # no room for a deployment, and some for the scheduler
 Act = Callable[[TrainRequest, Job], Awaitable[Trained]]
 
 
@@ -61,6 +69,8 @@ class ScriptedServer(Plugin, Server):
         artifact = self.settings.model.artifact if self.settings.model else ""
         if artifact == digest("broken"):
             raise RuntimeError("no such model")
+        if artifact == digest("unfit"):
+            raise ClientFault("invalid_model", "weights.safetensors: too short", "store it again")
         if artifact == digest("held"):
             await self.loaded.wait()
         if artifact == digest("slow"):
@@ -143,6 +153,76 @@ class Kit:
 
         job: JobRecord = await until(there, timeout_s, f"job {id}")
         return job
+
+    # ---- deployments on a node that a test takes away ----
+
+    async def start(self) -> InlineNode:
+        """The scheduler, and another node, which has all deployments, as the first one has no room."""
+        await self.system.pool(PoolSpec("scheduler", "scheduler", node="local"))
+        self.node.capacity = NONE
+        return await self.second()
+
+    async def second(self, name: str = "other") -> InlineNode:
+        """Another node, with the server plugin alone."""
+        plugins = {"encoder": (MANIFESTS["encoder"], FACTORIES["encoder"])}
+        node: InlineNode = await self.system.node(plugins, f"node-{name}")
+        return node
+
+    async def die(self, node: InlineNode) -> None:
+        """As a machine that loses its power: nothing of it says a word."""
+        [entry] = [e for e in self.system._members if e[0].name == node.bus.user]
+        self.system._members.remove(entry)
+        entry[1].cancel()
+        await asyncio.wait([entry[1]])
+        await node.bus._client.close()
+        for instance in list(node.members):
+            await node.kill(instance)
+
+    async def deployed(self, **more: Any) -> JobRecord:
+        """A deployment that serves."""
+        view = await self.end((await self.submit(self.deploy(**more), name=more.get("name", "news"))).id)
+        assert view.run.state == "done", view.run.fault
+        return view.jobs[0]
+
+    async def deployment(self, name: str = "news") -> Deployment:
+        found, _ = await self.bus.bucket("deployments", Deployment).get(f"model.{name}")
+        assert found is not None
+        return found
+
+    async def where(self, pool: str) -> list[str]:
+        """The nodes of the pool's instances that live."""
+        instances = (await self.system.state()).instances
+        return sorted(i.node for i in instances if i.pool == pool and i.state not in ("exited", "lost"))
+
+    async def is_on(self, pool: str, *nodes: str) -> bool:
+        """Whether the pool's instances that live are on these nodes, one for each name."""
+        return sorted(nodes) == await self.where(pool)
+
+    async def waiting(self, job: str) -> JobRecord:
+        return await self.job(job, lambda j: j.why.startswith(WAITS), 60.0)
+
+    async def ask(self, model: str = "news", patience_s: float = 0.0) -> ClassifyReply:
+        request = ClassifyRequest(("text",))
+        reply: ClassifyReply = await self.bus.call(Server.classify, request, model=model, patience_s=patience_s)
+        return reply
+
+    async def told(self, model: str = "news") -> Fault | None:
+        """What a caller is told that gets no answer; None where it gets one."""
+        try:
+            await self.ask(model)
+        except Fault as fault:
+            return fault
+        return None
+
+    async def kernelm(self, *arguments: str) -> str:
+        """What the command prints, in one line."""
+        me = psutil.Process()
+        write_up(self.system.home, UpFile(me.pid, me.create_time(), self.system.broker.url, "", "", time.time()))
+        command = (sys.executable, "-m", "kernelm_cli", *arguments, "--home", str(self.system.home))
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, env=os.environ | {"COLUMNS": "300"})
+        text, _ = await process.communicate()
+        assert process.returncode == 0
+        return " ".join(text.decode().replace("│", " ").split())  # a long cell of a table has several lines
 
     async def restart_jobs(self) -> None:
         """`kill -9` of the service, and a new one."""

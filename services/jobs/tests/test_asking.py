@@ -9,7 +9,7 @@ import kernelm_jobs.asking
 from kernelm.testing.harness import System
 from kernelm_contracts.scheduler import ClusterState, Decisions, Scheduler
 from kernelm_jobs.asking import Asking
-from kernelm_sdk.errors import Fault
+from kernelm_sdk.errors import Fault, KernelFault
 from kernelm_sdk.plugin import Call, Manifest, Plugin
 
 MANIFEST = Manifest("sleepy", "1", "decides nothing", ("scheduler/1",), f"{__name__}:Sleepy")
@@ -55,3 +55,13 @@ async def test_one_that_nobody_knows_yet_has_the_whole_time(system: System) -> N
     Sleepy.takes_s = 3.0
     asking = Asking(await system.connect("jobs"), "test")
     assert (await asking.decide(STATE)).decisions == ()
+
+
+async def test_where_there_is_none_the_contract_is_named_and_what_says_why() -> None:
+    async with System() as system:
+        asking = Asking(await system.connect("jobs"), "test")
+        with pytest.raises(KernelFault, match="no plugin that implements scheduler/1 is ready") as caught:
+            await asking.decide(STATE)
+    assert caught.value.retriable
+    for command in ("kernelm plugin list", "kernelm ps --all", "kernelm doctor"):
+        assert f"`{command}`" in caught.value.remedy

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kernelm.testing.harness import until
-from kernelm_contracts.jobs import Deployment, JobRecord, Jobs, RollbackDeployment, RunName
+from kernelm_contracts.deployments import Deployment, RollbackDeployment
+from kernelm_contracts.jobs import JobRecord, Jobs, RunName
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.system import Bounds, Kernel, SwapRequest
@@ -148,6 +149,36 @@ async def test_a_canary_that_is_promoted_has_all_calls_at_once(kit: Kit) -> None
         assert {await generation(kit) for _ in range(30)} == {2}
     assert not caller.faults
     assert [p.generation for p in (await record(kit)).history] == [1]
+
+
+async def test_a_model_that_can_not_be_loaded_is_tried_once(kit: Kit) -> None:
+    await kit.pools("scheduler")
+    await kit.end((await kit.submit(deploy(kit, "m1"))).id)
+    for more in ({}, {"canary": 20, "watch_s": 60.0}, {"checks": [{"text": "the sun", "expect": "bright"}]}):
+        view = await kit.end((await kit.submit(deploy(kit, "unfit", **more))).id)
+        [job] = view.jobs
+        assert (view.run.state, job.state, job.attempt) == ("failed", "dead", 1)
+        assert job.fault is not None
+        assert (job.fault.whose, job.fault.code, job.fault.message) == ("client", "invalid_model", "weights.safetensors: too short")
+        assert job.fault.remedy == "store it again"
+    assert await generation(kit) == 1, "what served goes on"
+    assert len({p.pool for p in (await kit.system.state()).pools if p.pool.startswith("news-")}) == 1
+
+
+async def test_an_instance_that_is_killed_while_it_loads_is_tried_again(kit: Kit) -> None:
+    await kit.pools("scheduler")
+    run = await kit.submit(deploy(kit, "held"))
+
+    async def loading() -> str:
+        mine = [i for i in (await kit.system.state()).instances if i.pool.startswith("news-") and i.state == "joined"]
+        return mine[0].id if mine else ""
+
+    await kit.node.kill(await until(loading, 20.0, "an instance that loads"))
+    again = await kit.job(f"{run.id}-deploy", lambda j: j.attempt == 1 and j.state == "running")
+    assert again.fault is not None
+    assert (again.fault.code, again.fault.retriable) == ("not_ready", True)
+    kit.loaded.set()
+    assert (await kit.end(run.id)).run.state == "done"
 
 
 async def test_a_model_that_knows_too_little_never_gets_a_call(kit: Kit) -> None:

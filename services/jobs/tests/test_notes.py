@@ -43,4 +43,5 @@ async def test_a_job_that_begins_anew_says_so_on_its_record_and_in_an_event(kit:
     assert (checkpoint != "", folder) == (True, None)
     assert (record.state, "of format 1 of trainer" in record.why, "begins anew" in record.why) == ("running", True, True)
     assert record.progress.message == record.why
+    assert record.left == checkpoint, "no twin is sent to it"
     await until(lambda: any(e.why == record.why and e.state == "running" for e in events))

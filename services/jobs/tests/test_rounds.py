@@ -3,11 +3,13 @@
 import msgspec
 import pytest
 
-from kernelm_contracts.jobs import Deployment, DeployRequest, JobRecord, JobSpec
+from kernelm_contracts.deployments import Avoided, Deployment, DeployRequest
+from kernelm_contracts.jobs import JobRecord, JobSpec
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, ModelState, NodeState, PendingJob, PlacedJob, Share
 from kernelm_jobs.checks import check
 from kernelm_jobs.deployment import pool_spec
-from kernelm_jobs.holdings import holdings, stranded
+from kernelm_jobs.holdings import holdings, missed, stranded
+from kernelm_jobs.placing import fits, on_its_nodes
 from kernelm_jobs.rounds import (
     Crews,
     Free,
@@ -29,7 +31,7 @@ def instance(id: str, plugin: str = "trainer", state: str = "ready", pool: str =
 
 MODEL, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 SERVING = "news-g1-aaaaaaaa"
-MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, "local", 1)
+MODEL_POOL = pool_spec(DeployRequest("news", MODEL), 1, {"local": 1})
 SYSTEM = SystemState(
     (instance("t-1"), instance("t-2"), instance("t-3", state="draining"), instance("e-1", "encoder", contract="server/1"),
      instance("e-2", "encoder", pool=SERVING, contract="server/1"), instance("x-1", "other", pool="other")),
@@ -106,13 +108,36 @@ def test_a_deployment_whose_node_is_gone_holds_nothing_and_what_lives_elsewhere_
     assert shares(node, gone) == (Share("far", 2),), "it starts them again"
     assert shares(lost, here) == (Share("far", 2),), "an instance may outlive the node's process, which is started again"
     assert shares(lost, gone) == () == shares(gone)
-    assert stranded(record, "far", system(lost, gone)) == "node far is lost: no sign of life for 5 s"
-    assert stranded(msgspec.structs.replace(record, replicas=0), "far", system(lost, gone)) == ""
+    assert stranded(record, ["far"], system(lost, gone)) == "node far is lost: no sign of life for 5 s"
+    assert stranded(msgspec.structs.replace(record, replicas=0), [], system(lost, gone)) == ""
     moved = msgspec.structs.replace(record, node="local")
     assert shares(lost, gone, msgspec.structs.replace(node, id="node-local"), of=moved) == (Share("local", 2),)
     assert shares(here, msgspec.structs.replace(node, id="node-local"), of=moved) == (Share("far", 1), Share("local", 2))
+    both = msgspec.structs.replace(record, places={"far": 1, "local": 1})
+    near = msgspec.structs.replace(node, id="node-local")
+    assert shares(lost, gone, near, of=both) == (Share("local", 1),), "that on the other node is still there"
+    assert missed(both, both.spread, system(lost, gone, near)) == {"far": "node far is lost: no sign of life for 5 s"}
+    assert stranded(both, both.spread, system(lost, gone, near)) == ""
+    assert stranded(both, both.spread, system(lost, gone)) == "node far is lost: no sign of life for 5 s; node local is not there"
     superseded = msgspec.structs.replace(record, job="another")
     assert holdings([served], {"news": superseded}, system(lost, gone)) == []
+
+
+def test_a_pool_fits_that_has_on_each_node_what_was_decided_and_none_where_it_was_given_up() -> None:
+    record = Deployment("news", 1, MODEL, SERVING, "encoder", "d", replicas=3, node="a", places={"a": 2, "b": 1})
+    pool = PoolSpec(SERVING, "encoder", 3, node="a", places={"a": 2, "b": 1})
+    assert on_its_nodes(pool, record)
+    assert fits(pool, record)
+    other = msgspec.structs.replace(pool, places={"a": 1, "b": 2})
+    assert on_its_nodes(other, record)
+    assert not fits(other, record)
+    assert not on_its_nodes(msgspec.structs.replace(pool, places={}), record)
+    empty = msgspec.structs.replace(pool, instances=0, places={})
+    assert not fits(empty, record)
+    gone = msgspec.structs.replace(record, avoid=dict.fromkeys(("a", "b"), Avoided(1.0, "it crashes")))
+    assert on_its_nodes(empty, gone)
+    assert fits(empty, gone), "nothing is left to do"
+    assert not fits(pool, gone)
 
 
 @pytest.mark.parametrize(("shares", "refused"), [
@@ -128,17 +153,19 @@ def test_a_model_that_has_too_few_replicas_may_get_some_of_them(shares: tuple[Sh
     assert not check(state, Decisions(3, (Decision("news", "wait", reason="no room"),))).refused
 
 
-def test_replicas_are_carried_out_on_one_node() -> None:
+def test_replicas_are_carried_out_as_far_as_there_is_room_now() -> None:
     node = NodeState("a", Resources(4.0, 8000), Resources(1.0, 8000), {"model:news": 9})
     nodes = (node, msgspec.structs.replace(node, name="b", free=Resources(4.0, 8000)))
     model = ModelState("news", request=Resources(1.0, 1), plugins=("model:news",), minimum=2, maximum=4)
     state = ClusterState(3, 100.0, nodes, (), models=(model,), actions=("scale",))
     decision = Decision("news", "scale", "a", "model:news", "r", 0.0, (Share("a", 1), Share("b", 2)))
-    assert Free(state).scale(decision, state).allocation == (Share("b", 2),)
+    assert Free(state).scale(decision, state).allocation == (Share("a", 1), Share("b", 2))
     serving = msgspec.structs.replace(model, replicas=1, allocation=(Share("a", 1),))
     state = msgspec.structs.replace(state, models=(serving,))
-    more = msgspec.structs.replace(decision, allocation=(Share("a", 2), Share("b", 3)))
-    assert Free(state).scale(more, state).allocation == (Share("a", 2),)
+    more = msgspec.structs.replace(decision, allocation=(Share("a", 3), Share("b", 1)))
+    assert Free(state).scale(more, state).allocation == (Share("a", 2), Share("b", 1))
+    apart = msgspec.structs.replace(decision, allocation=(Share("a", 1), Share("a", 1), Share("a", 1)))  # a share for each
+    assert Free(state).scale(apart, state).allocation == (Share("a", 2),)
 
 
 def test_the_plugin_is_the_user_s_choice_then_the_route_s() -> None:

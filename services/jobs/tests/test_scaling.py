@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from kernelm.testing.harness import until
-from kernelm_contracts.jobs import Deployment, JobRecord, Jobs, RunName
+from kernelm_contracts.deployments import Deployment
+from kernelm_contracts.jobs import JobRecord, Jobs, RunName
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_sdk.errors import Fault, KernelFault
 from kernelm_sdk.plugin import Call

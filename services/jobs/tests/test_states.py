@@ -6,8 +6,10 @@ import msgspec
 import pytest
 
 from kernelm_contracts.jobs import JobRecord, JobSpec
-from kernelm_jobs.states import FINAL, HOLDING, TRANSITIONS, advance, diagram, failed
+from kernelm_jobs.states import FINAL, HOLDING, TRANSITIONS, advance, diagram, failed, latest_checkpoint
+from kernelm_jobs.watch import lost
 from kernelm_sdk.errors import ClientFault, FaultBody
+from kernelm_sdk.system import Progress
 
 STATES = ("queued", "placed", "running", "done", "dead", "cancelled")
 HAPPENINGS = sorted({h for _, h in TRANSITIONS})
@@ -29,6 +31,14 @@ def test_what_is_not_in_the_table_changes_nothing(state: str, happening: str) ->
             advance(job, happening, node="elsewhere")
         assert refusal.value.code == "illegal_transition"
     assert msgspec.json.encode(job) == before
+
+
+def test_a_job_that_has_lost_its_last_instance_is_promised_nothing() -> None:
+    assert lost(record(attempt=1), "gone").remedy == "it goes on from its last checkpoint"
+    last = record(attempt=2, instance="trainer-1")
+    fault = lost(last, "gone")
+    assert failed(last, fault, "gone").state == "dead"
+    assert fault.remedy.startswith("logs/trainer-1.log in its node's home says more")
 
 
 def test_final_states_have_no_way_out_and_all_states_are_reachable() -> None:
@@ -76,3 +86,14 @@ def test_a_damaged_checkpoint_costs_the_progress_and_not_the_job(whose: str, cod
 
 def test_the_diagram_shows_every_transition() -> None:
     assert diagram().count("-->") == len(TRANSITIONS) + len(FINAL)
+
+
+def test_the_furthest_twins_checkpoint_is_taken_and_none_that_one_of_them_could_not_go_on_from() -> None:
+    old = record("cancelled", checkpoint="sha256:old", progress=Progress(0.9))
+    assert latest_checkpoint("key", [old]) == "sha256:old"
+    anew = record("cancelled", checkpoint="sha256:old", left="sha256:old", progress=Progress(0.1))
+    assert latest_checkpoint("key", [old, anew]) == ""
+    later = msgspec.structs.replace(anew, checkpoint="sha256:new", progress=Progress(0.3))
+    assert latest_checkpoint("key", [old, later]) == "sha256:new"
+    other = msgspec.structs.replace(later, key="of another version", checkpoint="")
+    assert latest_checkpoint("key", [old, other]) == "sha256:old", "what that one can't read, this one may"

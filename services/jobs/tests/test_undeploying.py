@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from kernelm.testing.harness import until
-from kernelm_contracts.jobs import Deployment, Jobs, Undeploy
+from kernelm_contracts.deployments import Deployment, Undeploy
+from kernelm_contracts.jobs import Jobs
 from kernelm_contracts.server import ClassifyReply, ClassifyRequest, Server
 from kernelm_contracts.shadows import ShadowRequest
 from kernelm_sdk.errors import ClientFault, Fault

@@ -31,6 +31,10 @@ class Handles:
     def remove(self, instance: str) -> None:
         (self._folder / f"{instance}.json").unlink(missing_ok=True)
 
+    def names(self) -> set[str]:
+        """The instances that have one, and those behind one that can't be read."""
+        return {path.stem for path in self._folder.iterdir()}
+
     def all(self) -> list[Handle]:
         """In the order of their start. What can't be read is renamed to `.unreadable` and logged, since an instance may
         be running behind it."""

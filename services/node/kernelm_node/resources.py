@@ -24,6 +24,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpu: float | None = None  # cores to give away
     memory_mb: int | None = None  # memory to give away, 2**20 bytes
     gpus: int | None = None  # GPUs to give away
+    logs_mb: int = 512  # kept of the logs of instances that have ended, 2**20 bytes; 0: all
     image: str = ""  # of containers that bring none (runtimes/container.py)
 
 
@@ -33,8 +34,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     try:
         settings = msgspec.convert(given, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise invalid("KERNELM_NODE_*", error, "known are KERNELM_NODE_CPU, _MEMORY_MB, _GPUS and _IMAGE") from None
-    for name, least in (("cpu", 0.01), ("memory_mb", 1), ("gpus", 0)):
+        raise invalid("KERNELM_NODE_*", error, "known are KERNELM_NODE_CPU, _MEMORY_MB, _GPUS, _LOGS_MB and _IMAGE") from None
+    for name, least in (("cpu", 0.01), ("memory_mb", 1), ("gpus", 0), ("logs_mb", 0)):
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise ClientFault("invalid", f"KERNELM_NODE_{name.upper()} is {value}", f"it must be at least {least}")

@@ -16,12 +16,14 @@ import psutil
 
 from kernelm_node.diagnosis import diagnose, last_lines
 from kernelm_node.handles import Handles
+from kernelm_node.logs import Logs
 from kernelm_node.resources import MB, Machine, read_settings
 from kernelm_node.runtimes import Runtimes
 from kernelm_node.runtimes.runtime import HANDLE_VERSION, UNKNOWN_CODE, Exit, Handle, Launch, Runtime, Task
 from kernelm_node.sources import Sources, stored
 from kernelm_node.trust import Trust
 from kernelm_sdk.contract import token
+from kernelm_sdk.endings import heard
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault, invalid
 from kernelm_sdk.plugin import Manifest, find_manifests
 from kernelm_sdk.system import (
@@ -40,7 +42,6 @@ from kernelm_sdk.system import (
 from kernelm_trust.policy import read_policy
 
 log = logging.getLogger("kernelm.node")
-LOG_BYTES = 16 * MB  # a log that is larger when its instance starts is put aside as <name>.log.1
 KILL_S = 10.0  # from SIGKILL to the end; longer means that it hangs in the kernel
 FAREWELL_S = 2.0  # for the last reports to the kernel when the node itself stops
 
@@ -72,7 +73,8 @@ class NodeService:
     def __init__(self, bus: Caller, home: Path) -> None:
         self._bus, self._home = bus, home
         self.name = bus.user.removeprefix("node-")
-        self._machine = Machine(read_settings(os.environ))
+        settings = read_settings(os.environ)
+        self._machine, self._logs = Machine(settings), Logs(home / "logs", settings.logs_mb)
         self._handles = Handles(home / "run" / "instances")
         self._entries: dict[str, Entry] = {}  # in the order of their start
         self._watchers: set[asyncio.Task[None]] = set()
@@ -80,7 +82,7 @@ class NodeService:
         self._runtimes = Runtimes(home)
         self._trust = Trust(home, read_policy(os.environ))
         self._sources = Sources(bus, self.name, self._trust, os.environ.get("KERNELM_MIRROR", ""))
-        for folder in ("logs", "scratch", "run/tokens"):
+        for folder in ("scratch", "run/tokens"):
             (home / folder).mkdir(parents=True, exist_ok=True)
         (home / "run" / "tokens").chmod(0o700)
 
@@ -90,6 +92,7 @@ class NodeService:
         """Find out what the runtimes can do here, and adopt what an earlier node process started."""
         await self._runtimes.probe()
         await self._adopt()
+        await self._prune()
 
     async def on_stop(self) -> None:
         """Stop all, the latest first."""
@@ -142,14 +145,14 @@ class NodeService:
 
     async def diagnose(self, request: InstanceName, call: Any) -> Diagnosis:
         """How an instance is, or how it ended, with the last lines of its log."""
-        path = self._log_of(_name(request.instance, "instance"))
+        path = self._logs.path(_name(request.instance, "instance"))
         if entry := self._entries.get(request.instance):
-            lines = await asyncio.to_thread(last_lines, path, entry.handle.log_offset)
+            lines, _ = heard(await asyncio.to_thread(last_lines, path, entry.handle.log_offset))
             return Diagnosis(request.instance, _alive(entry), "\n".join(lines))
         if not path.exists():
-            raise ClientFault("not_found", f"instance {request.instance} never ran on node {self.name}",
+            raise ClientFault("not_found", f"node {self.name} has no log of {request.instance}: it never ran there, or long ago",
                               "`kernelm ps` lists what runs")  # fmt: skip
-        lines = await asyncio.to_thread(last_lines, path)
+        lines, _ = heard(await asyncio.to_thread(last_lines, path))
         advice = diagnose(Exit(UNKNOWN_CODE, "it is not running"), lines).partition("\n")[0]
         return Diagnosis(request.instance, advice, "\n".join(lines))
 
@@ -166,10 +169,10 @@ class NodeService:
 
     async def _launch(self, request: StartInstance, runtime: Runtime, plugin: tuple[Manifest, Path, Path | None]) -> Entry:
         """The handle is written before and after: a node that is killed in between leaves a trace to find it by."""
-        name, path, (manifest, file, source) = request.instance, self._log_of(request.instance), plugin
+        name, path, (manifest, file, source) = request.instance, self._logs.path(request.instance), plugin
         scratch, secret = self._home / "scratch" / name, self._home / "run" / "tokens" / name
         handle = Handle(HANDLE_VERSION, request.runtime, name, request.plugin, request.pool, request.needs, time.time(),
-                        str(path), _rotate(path))  # fmt: skip
+                        str(path), self._logs.rotate(name))  # fmt: skip
         task: Task | None = None
         try:
             self._handles.write(handle)
@@ -260,15 +263,16 @@ class NodeService:
         self._clean(handle.instance)
         if self._runtimes.has(handle.runtime):
             await self._runtimes.find(handle.runtime).clear(handle)
-        lines = await asyncio.to_thread(last_lines, Path(handle.log), handle.log_offset)
+        lines, fault = heard(await asyncio.to_thread(last_lines, Path(handle.log), handle.log_offset))
         diagnosis = "stopped as requested" if asked else diagnose(exit, lines)
         log.log(logging.INFO if asked or exit.code == 0 else logging.WARNING, "%s: %s", handle.instance, diagnosis)
-        report = ExitReport(handle.instance, exit.code, diagnosis)
+        report = ExitReport(handle.instance, exit.code, diagnosis, fault if exit.code > 0 and not asked else None)
         try:
             await self._bus.call(Kernel.exited, report, timeout_s=5.0, patience_s=math.inf)
         except Fault as fault:  # not a matter of time: the same report would be refused again
             log.error("the kernel did not take the exit report of %s: %s", handle.instance, fault)
         self._handles.remove(handle.instance)
+        await self._prune()
 
     async def _end(self, entry: Entry, grace_s: float) -> None:
         entry.asked = True
@@ -296,8 +300,10 @@ class NodeService:
         (self._home / "run" / "tokens" / instance).unlink(missing_ok=True)
         shutil.rmtree(self._home / "scratch" / instance, onerror=_log_left)
 
-    def _log_of(self, instance: str) -> Path:
-        return self._home / "logs" / f"{instance}.log"
+    async def _prune(self) -> None:
+        living = {*self._entries, *self._starting, *self._handles.names()}
+        if removed := await asyncio.to_thread(self._logs.prune, living):
+            log.info("logs of %d instances that ended long ago are removed", len(removed))
 
 
 def _name(text: str, what: str) -> str:
@@ -305,15 +311,6 @@ def _name(text: str, what: str) -> str:
         return token(text, what)
     except ValueError as error:
         raise invalid("the request", error) from None
-
-
-def _rotate(path: Path) -> int:
-    """Where the output of a start from now on begins in the log, bytes."""
-    size = path.stat().st_size if path.exists() else 0
-    if size > LOG_BYTES:
-        path.replace(path.with_suffix(".log.1"))
-        return 0
-    return size
 
 
 def _write_secret(path: Path, text: str) -> None:

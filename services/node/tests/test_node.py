@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from kernelm.testing.harness import System, until
+from kernelm.testing.hooks import install_plugin
+from kernelm_node.logs import INSTANCE
 from kernelm_node.runtimes.pidfd import started_at
-from kernelm_sdk.plugin import Manifest, read_manifest
+from kernelm_sdk.plugin import Manifest
 from kernelm_sdk.system import Empty, InstanceName, Kernel, Lifecycle, Node, NodeReport, PoolName, PoolSpec
 
 MANIFEST = """
@@ -42,16 +44,7 @@ class P(Plugin, C):
 
 
 def install(folder: Path, name: str, extra: str = "") -> Manifest:
-    """A distribution `kernelm-<name>` with one plugin, as pip would lay it out in `folder`."""
-    package, info = folder / f"kernelm_{name}", folder / f"kernelm_{name}-0.0.1.dist-info"
-    package.mkdir(parents=True)
-    info.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "kernelm-plugin.toml").write_text(MANIFEST.format(name=name))
-    (package / "plugin.py").write_text(PLUGIN.format(name=name, extra=extra))
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernelm-{name}\nVersion: 0.0.1\n")
-    (info / "entry_points.txt").write_text(f"[kernelm.plugins]\n{name} = kernelm_{name}\n")
-    return read_manifest(package / "kernelm-plugin.toml")
+    return install_plugin(folder, name, MANIFEST.format(name=name), PLUGIN.format(name=name, extra=extra))
 
 
 @pytest.fixture
@@ -74,6 +67,7 @@ async def test_a_pool_runs_survives_kill_9_of_the_node_and_is_adopted(system: Sy
     assert [r.plugin for r in before] == ["steady"]
     pid, instance = before[0].pid, before[0].instance
     assert {"steady", "broken"} <= set((await report(system)).plugins)
+    assert INSTANCE.fullmatch((system.home / "logs" / f"{instance}.log").name), "else its log is never removed"
 
     system.processes["node"].kill()
     system.processes["node"].wait()

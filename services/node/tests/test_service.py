@@ -9,9 +9,10 @@ import pytest
 
 from kernelm.testing.harness import until
 from kernelm_node.handles import Handles
+from kernelm_node.logs import LOG_BYTES, Logs
 from kernelm_node.runtimes.pidfd import started_at
 from kernelm_node.runtimes.process import ProcessRuntime
-from kernelm_node.service import LOG_BYTES, NodeService
+from kernelm_node.service import NodeService
 from kernelm_node.sources import Sources
 from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.plugin import Manifest
@@ -212,6 +213,39 @@ async def test_a_large_log_is_put_aside_at_the_next_start(node: NodeService, tmp
     await up(tmp_path)
     assert log.stat().st_size < 100
     assert (tmp_path / "logs" / "p-1.log.1").stat().st_size == LOG_BYTES + 1
+
+
+async def test_of_what_has_ended_only_the_newest_logs_are_kept(
+    node: NodeService, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERNELM_NODE_LOGS_MB", "1")
+    folder = tmp_path / "logs"
+    for age, name in enumerate(["p-0000000b.log", "p-0000000a.log", "p-0000000a.log.1", "jobs.log", "p-00000001.log"]):
+        (folder / name).write_bytes(b"x" * 2**19)
+        os.utime(folder / name, (1000.0 - age, 1000.0 - age))
+    (tmp_path / "run" / "instances" / "p-00000001.unreadable").write_text("{}")  # it may be running
+    after = NodeService(kernel, tmp_path)
+    await after.on_start()
+    assert sorted(path.name for path in folder.iterdir()) == ["jobs.log", "p-00000001.log", "p-0000000b.log"]
+
+    await after.start(request("p-0000000c"), None)
+    await up(tmp_path, "p-0000000c")
+    (folder / "p-0000000b.log").write_bytes(b"x" * 2**20)
+    await after.stop(InstanceName("p-0000000c"), None)
+    await kernel.report()
+    await until(lambda: not (folder / "p-0000000b.log").exists(), 10, "the log of what ended before goes")
+    assert "up" in (await after.diagnose(InstanceName("p-0000000c"), None)).log
+    with pytest.raises(ClientFault, match="has no log of p-0000000b"):
+        await after.diagnose(InstanceName("p-0000000b"), None)
+
+
+def test_not_more_logs_are_kept_than_can_be_looked_through(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, kept_mb=1, kept=2)
+    for age in range(5):
+        logs.path(f"p-0000000{age}").write_text("hello")
+        os.utime(logs.path(f"p-0000000{age}"), (1000.0 - age, 1000.0 - age))
+    assert logs.prune({"p-00000004"}) == ["p-00000002", "p-00000003"]
+    assert Logs(tmp_path, kept_mb=0, kept=2).prune(()) == []
 
 
 async def test_an_instance_that_never_ran_is_named(node: NodeService) -> None:

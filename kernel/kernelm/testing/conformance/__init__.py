@@ -19,10 +19,10 @@ from typing import Any
 
 from kernelm.testing.conformance import calls, chaos, damage, jobs, life
 from kernelm.testing.conformance.check import Case, Check, Checks, run
-from kernelm.testing.conformance.places import RUNTIMES, Place, Stage, place_of
+from kernelm.testing.conformance.places import Place, Stage, place_of
 from kernelm.testing.conformance.results import Failed, Report, Result, Skipped, as_json, as_junit, render, show
 from kernelm.testing.conformance.stand import Stand
-from kernelm.testing.conformance.subject import Subject, read
+from kernelm.testing.conformance.subject import RUNTIMES, Subject, read
 from kernelm_sdk.contract import CONTRACTS
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from kernelm.testing.conformance.generate import Shapes
 from kernelm.testing.conformance.places import Place
-from kernelm.testing.conformance.results import Failed, Report, Result, Skipped
+from kernelm.testing.conformance.results import NOT_STARTED, Failed, Report, Result, Skipped
 from kernelm.testing.conformance.stand import Instance, Stand
 from kernelm.testing.conformance.subject import Subject
 from kernelm.testing.conformance.wire import Exchange
@@ -127,7 +127,7 @@ async def run(case: Case, checks: list[Check], roles: list[Any],
                     await case.settle()
                 note(await _one(case, check))
             else:
-                note(Result(check.name, check.rule, "skipped", "it did not start"))
+                note(Result(check.name, check.rule, "skipped", NOT_STARTED))
         log = case.main.last_lines() if hasattr(case, "main") else ""
     finally:
         await case.close()

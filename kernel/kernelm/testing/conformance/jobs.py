@@ -14,6 +14,7 @@ checks = Checks()
 FINISH_S = 90.0  # a sample job
 QUIET_S = 0.4  # in which nothing more should come
 PAGE = "kernel/PROTOCOL.md, 'Jobs'"
+SAY_WHICH = "say which request ends with a result, under [requests] in conformance.toml at the root of the folder"
 
 
 def job_methods(case: Case) -> list[tuple[str, str, Any, dict[str, Any]]]:
@@ -55,7 +56,8 @@ async def run(case: Case) -> None:
         final = attempt.final
         assert final is not None
         if final.fault is not None and (case.sample(contract, method) is not None or final.fault.code == "internal"):
-            raise Failed(f"{contract}.{method} ended in {final.fault.code}: {final.fault.message}", attempt.text)
+            raise Failed(f"{contract}.{method} ended in {final.fault.code}: {final.fault.message}", attempt.text,
+                         SAY_WHICH if final.fault.whose == "client" else "")  # fmt: skip
         if final.result is not None and (problem := shapes.problem(about["reply"], final.result)):
             raise Failed(f"{contract}.{method}: the result does not fit its schema: {problem}", attempt.text)
         for _, report in attempt.reports:

@@ -25,7 +25,6 @@ from kernelm_sdk.errors import ClientFault
 from kernelm_sdk.plugin import MANIFEST, find_manifests, package_folder
 from kernelm_sdk.system import Artifact, ArtifactName, Artifacts, OpenArtifact, PutArtifact, StartInstance
 
-RUNTIMES = ("process", "venv", "container", "inproc")
 IMAGE = "KERNELM_NODE_IMAGE"  # the node's setting: the id of the image that containers are made of
 Stage = Callable[[Path, Path], object]  # (the plugin's folder, an empty one): copies what `kernelm plugin load` would store
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 Status = Literal["passed", "failed", "skipped"]
+NOT_STARTED = "it did not start"  # why each of the others is skipped
 MARKS = {"passed": ("✓", "green"), "failed": ("✗", "bold red"), "skipped": ("-", "dim")}
 
 
@@ -69,7 +70,8 @@ def render(report: Report) -> RenderableType:
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     parts: list[RenderableType] = [table]
-    for r in report.results:
+    tried = [r for r in report.results if r.message != NOT_STARTED]
+    for r in tried:
         mark, style = MARKS[r.status]
         rule = Text(r.rule) if r.status != "skipped" else Text(f"{r.rule}: {r.message}", "dim")
         table.add_row(Text(mark, style), Text(r.check, style if r.status != "passed" else "bold"), rule, f"{r.took_s:.2f} s")
@@ -80,7 +82,9 @@ def render(report: Report) -> RenderableType:
             if r.remedy:
                 lines.append("\n\nremedy: " + r.remedy, "bold")
             parts.append(Panel(lines, title=r.check, title_align="left", border_style="red"))
-    if report.failed and report.log:
+    if untried := len(report.results) - len(tried):
+        table.add_row(Text("-", "dim"), Text(f"{untried} more", "dim"), Text(f"were not tried: {NOT_STARTED}", "dim"), "")
+    if report.failed and report.log and all(report.log not in r.exchange for r in report.results):
         parts.append(Panel(Text(report.log), title="the end of its log", title_align="left", border_style="dim"))
     counts = {s: sum(r.status == s for r in report.results) for s in MARKS}
     verdict = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped in {report.took_s:.1f} s"

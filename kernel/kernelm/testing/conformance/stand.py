@@ -33,6 +33,14 @@ VENV_S = 240.0  # the same, where an environment is built before it
 LOG_LINES = 25
 
 
+def own_frames(lines: list[str], folder: Path) -> list[str]:
+    """The lines of a log without the frames above the first one of a file in `folder`: an author looks for their own."""
+    first = own = next((n for n, line in enumerate(lines) if line.startswith(f'  File "{folder}/')), 0)
+    while first and lines[first - 1].startswith("  "):  # a frame, with its line of code
+        first -= 1
+    return lines[:first] + lines[own:]
+
+
 class Observed(System):
     """A system whose broker writes down what it denied."""
 
@@ -109,7 +117,7 @@ class Instance:
     def last_lines(self) -> str:
         """The end of its log."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-LOG_LINES:])
+        return "\n".join(own_frames(text.splitlines(), self.subject.folder)[-LOG_LINES:])
 
     def signal(self, number: int) -> None:
         """Send a signal, if it is still there."""

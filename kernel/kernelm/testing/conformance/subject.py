@@ -32,6 +32,7 @@ from kernelm_sdk.plugin import MANIFEST, read_manifest
 from kernelm_sdk.system import Manifest
 
 SAMPLES = "conformance.toml"
+RUNTIMES = ("process", "venv", "container", "inproc")
 
 
 class Samples(msgspec.Struct, forbid_unknown_fields=True):
@@ -59,12 +60,18 @@ class Subject(msgspec.Struct):
 def read(path: Path, command: tuple[str, ...] = ()) -> Subject:
     """The plugin in the folder `path`; ClientFault that names what is missing, and where."""
     folder = path.expanduser().absolute()
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise ClientFault("not_found", f"{path} {what}", "name the plugin's folder")
     found = [p for p in (folder / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}")), *sorted(folder.glob(f"src/*/{MANIFEST}")))
              if p.is_file()]  # fmt: skip
     if len(found) != 1:
         raise ClientFault("invalid_manifest", f"{path} holds {len(found)} files {MANIFEST}, at its root or one level below",
                           "name the folder of one plugin")  # fmt: skip
     manifest = read_manifest(found[0])
+    if unknown := [r for r in manifest.runtimes if r not in RUNTIMES]:
+        raise ClientFault("invalid_manifest", f"{found[0]}: `runtimes` has {unknown[0]!r}, which no node has",
+                          f"those of a node are {', '.join(RUNTIMES)}")  # fmt: skip
     command = command or manifest.command
     top = manifest.entry.partition(":")[0].partition(".")[0]
     roots = [r for r in (folder, folder / "src", folder.parent) if (r / top).is_dir() or (r / f"{top}.py").is_file()]

@@ -4,7 +4,8 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 
-from kernelm_sdk.contract import Contract, unary
+from kernelm_sdk.contract import TOKEN, Contract, unary
+from kernelm_sdk.errors import FaultBody
 from kernelm_sdk.events import Event
 from kernelm_sdk.system.common import Empty, Manifest, Resources
 
@@ -53,6 +54,7 @@ class Instance(Struct, frozen=True):
     models: tuple[str, ...] = ()
     since: float = 0.0  # Unix seconds of the last change of state
     reason: str = ""  # why it is in this state, if that needs saying
+    fault: FaultBody | None = None  # with which it ended where it could not load, and its machine is not to blame
 
 class PoolSpec(Struct, frozen=True):
     """Desired state: which plugin runs how often, with which settings. The supervisor makes it so, and keeps it so."""
@@ -71,6 +73,16 @@ class PoolSpec(Struct, frozen=True):
     artifacts: tuple[str, ...] = ()  # digests that a container may read
     parked: bool = False  # not run, only kept, so that a rollback finds it
     needs: Resources | None = None  # of one instance; None for the manifest's
+    places: dict[str, int] = {}  # node -> how many of `instances` run there; {} for all on `node`
+
+    def __post_init__(self) -> None:
+        if self.places and (sum(self.places.values()) != self.instances or min(self.places.values()) < 1):
+            raise ValueError(f"`places` of pool {self.pool} is {self.places}, and must share out `instances`, {self.instances}")
+
+    @property
+    def spread(self) -> dict[str, int]:
+        """Node -> instances that are to run there; "" for any node."""
+        return self.places or {self.node: self.instances}
 
 class PoolName(Struct, frozen=True):
     pool: str
@@ -180,6 +192,12 @@ class ExitReport(Struct, frozen=True):
     instance: str
     code: int  # negative: the signal
     diagnosis: str = ""  # advice, with the last lines of its log
+    fault: FaultBody | None = None  # as in `Instance`, in the instance's own words, without details
+
+    @property
+    def reason(self) -> str:
+        """For people."""
+        return self.diagnosis or f"exit code {self.code}"
 
 class KeyRequest(Struct, frozen=True):
     name: str
@@ -189,6 +207,11 @@ class KeyRequest(Struct, frozen=True):
     expires_s: int = 0  # seconds from now; 0 for never
     public_key: str = ""  # nkey of a NATS client that gets a JWT with the same rights; "" for HTTP and gRPC only
     admin: bool = False  # may also manage plugins, pools and routes through the gateway
+
+    def __post_init__(self) -> None:
+        for field, names in (("models", self.models), ("methods", self.methods)):
+            if wrong := next((n for n in names if n != "*" and not TOKEN.match(n)), None):  # the broker would refuse all of its JWT
+                raise ValueError(f"`{field}` has {wrong!r}: a name is made of a-z, 0-9 and '-', and * alone means all")
 
 class Key(Struct, frozen=True):
     """An API key as it is stored: the secret itself is shown once and kept only as a hash."""

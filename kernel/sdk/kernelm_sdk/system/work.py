@@ -43,6 +43,7 @@ class Report(Struct, frozen=True):
     fault: FaultBody | None = None
     address: str = ""  # of rank 0 of several: where the others meet it; they are given the job then
     note: str = ""  # for the job's record: what its owner should know of how it is done
+    left: str = ""  # digest of a checkpoint that it can't go on from, as `note` says: no other job of the same content is given it
 
 class UsedRow(Struct, frozen=True):
     """Calls of one model by one caller."""

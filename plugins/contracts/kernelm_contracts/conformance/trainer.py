@@ -50,7 +50,7 @@ async def prepare(case: Case) -> None:
 
 async def trained(case: Case, checkpoint: str = "") -> tuple[Trained, Attempt]:
     """Train the sample."""
-    from kernelm.testing.conformance.jobs import finished
+    from kernelm.testing.conformance.jobs import SAY_WHICH, finished
 
     request = case.sample("trainer/1", "train")
     if request is None:
@@ -58,7 +58,7 @@ async def trained(case: Case, checkpoint: str = "") -> tuple[Trained, Attempt]:
     attempt = await case.stand.driver.hand(case.main.wire, "trainer/1", "train", request, None, checkpoint)
     await finished(attempt)
     if attempt.final is None or attempt.final.result is None:
-        raise Failed("`train` ended without a result", attempt.text)
+        raise Failed("`train` ended without a result", attempt.text, SAY_WHICH)
     return msgspec.convert(attempt.final.result, Trained), attempt
 
 

@@ -3,6 +3,7 @@
 from math import inf
 from typing import Any
 
+from kernelm_contracts.deployments import WAITS
 from kernelm_contracts.scheduler import ClusterState, Decision, Decisions, Scheduler
 from kernelm_policies.placing import Room
 from kernelm_policies.serving import beside_models
@@ -31,8 +32,8 @@ def decide(state: ClusterState) -> Decisions:
             continue
         found = next((f for t in room.types(job) if (f := room.find(job, t, job.members))), ())
         if not found:
-            head, behind = job.id, f"waits: behind {job.id}"
-            decisions.append(Decision(job.id, "wait", reason=f"waits: no {job.members} members' room is free"))
+            head, behind = job.id, f"{WAITS}behind {job.id}"
+            decisions.append(Decision(job.id, "wait", reason=f"{WAITS}no {job.members} members' room is free"))
             continue
         plugin = room.plugin(job, found)
         room.take(job, found, plugin)

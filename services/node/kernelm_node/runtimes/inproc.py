@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from kernelm_node.runtimes.runtime import Exit, Handle, Launch, Runtime, Task
+from kernelm_sdk.endings import last_words
 from kernelm_sdk.errors import ClientFault, Fault
 from kernelm_sdk.plugin import GROUP
 
@@ -45,7 +46,7 @@ class InprocTask(Task):
         try:
             return Exit(await run_instance(self._launch.environment, self._stopping))
         except Fault as fault:
-            self._write(f"{fault}\n")
+            self._write(f"{last_words(fault)}\n")
         except SystemExit as end:  # would end the node's loop
             return Exit(end.code if isinstance(end.code, int) else int(end.code is not None))
         except Exception:

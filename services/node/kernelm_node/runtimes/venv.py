@@ -12,7 +12,7 @@ import msgspec
 from kernelm_node.runtimes.preparing import PreparedTask
 from kernelm_node.runtimes.process import ProcessRuntime
 from kernelm_node.runtimes.runtime import Launch, Task
-from kernelm_node.runtimes.venvs import Venvs, copied, own_packages, requirements_of
+from kernelm_node.runtimes.venvs import Venvs, copied, own_packages
 from kernelm_sdk.plugin import MANIFEST
 
 RUNNER = ("-m", "kernelm_sdk.runner")
@@ -33,8 +33,7 @@ class VenvRuntime(ProcessRuntime):
     async def _begin(self, launch: Launch) -> Task:
         environments = launch.manifest.venv
         wanted = environments.gpu if launch.needs.gpus and environments.gpu else environments.cpu
-        requirements = await asyncio.to_thread(requirements_of, launch.plugin, launch.source, wanted.extras)
-        place = await self._venvs.get(requirements, launch.log, wanted.without)
+        place = await self._venvs.of(launch.plugin, launch.source, wanted, launch.log)
         environment = {k: v for k, v in launch.environment.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
         copies = self.home / "venvs" / "packages"
         path = [await asyncio.to_thread(copied, package, copies) for package in own_packages()]

@@ -24,6 +24,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from kernelm_sdk.errors import ClientFault, KernelFault
 from kernelm_sdk.plugin import GROUP, package_folder
+from kernelm_sdk.system import Environment
 
 OWN = {"kernelm-sdk": "kernelm_sdk", "kernelm-contracts": "kernelm_contracts"}  # distribution -> package; the node's copies
 NOT_FETCHED = {*OWN, "kernelm"}  # the kernel is no plugin's to import
@@ -96,6 +97,11 @@ class Venvs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    async def of(self, plugin: str, source: Path | None, wanted: Environment, output: Path) -> Path:
+        """The environment of a plugin, installed or in the artifact `source`; as `get`, and ClientFault as `requirements_of`."""
+        requirements = await asyncio.to_thread(requirements_of, plugin, source, wanted.extras)
+        return await self.get(requirements, output, wanted.without)
 
     async def get(self, requirements: list[str], output: Path, without: Sequence[str] = ()) -> Path:
         """The environment for `requirements`, built if there is none, from which the distributions `without` are taken out
