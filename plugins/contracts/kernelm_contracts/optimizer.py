@@ -123,7 +123,8 @@ class Prune(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CompressRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """A smaller model out of one of structure "causal-lm" or, by "prune" and "distill", "encoder"."""
+    """A smaller model out of one of structure "causal-lm" or, by "prune", "distill" and "int8", "encoder"; "int8" takes
+    "tfidf-linear" too."""
 
     model: str  # digest
     dataset: str  # digest: trained on its train split, measured on its validation split
@@ -135,6 +136,8 @@ class CompressRequest(Struct, frozen=True, forbid_unknown_fields=True):
     budget_s: float = 3600.0  # that the trainings may take
     rounds: int = 5  # of the measurement of a causal model, in which both take turns
     scheme: Literal["W4A16", "W8A8"] = "W4A16"  # of "gptq": bits of weights and activations; A16 are bfloat16
+    activations: Literal["dynamic", "static"] = "dynamic"  # of an encoder by "int8": their ranges at each call, or
+    # once, as documents of the train split show them
 
 
 class Change(Struct, frozen=True):

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from kernelm_contracts.jobs import JobRecord
 from kernelm_contracts.optimizer import Change, Compressed, CompressRequest, Prune
 from kernelm_contracts.server import Measurement
+from kernelm_contracts.splits import batches
 from kernelm_contracts.trainer import ModelCard, Teacher, Trained, TrainRequest
 from kernelm_optimizer.auto import right_of
 from kernelm_optimizer.children import Children, result_of
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 STATE, FORMAT = "compression.json", 1  # of checkpoints: raise it when `_State` changes
 INTEGERS = {"int8": 8, "int4": 4}
-CAUSAL_ALONE = (*INTEGERS, "gguf", "gptq")  # methods of causal models alone, which train nothing
-CALIBRATION = 64  # documents of the train split that show what of a model does least
+UNTRAINED = (*INTEGERS, "gguf", "gptq")  # methods that train nothing
+METHODS = {"encoder": ("int8", "prune", "distill"), "tfidf-linear": ("int8",), "causal-lm": (*UNTRAINED, "prune", "distill")}
+CALIBRATION = 64  # documents of the train split that show what of a model does least, or in which ranges it computes
 MADE, TRAINED, MEASURED = 0.1, 0.7, 0.95  # where each phase ends, as a share of the job
 Figured = tuple[dict[str, Measurement], dict[tuple[str, str], Change]]  # by role; by (role before, role after)
 
@@ -54,10 +56,12 @@ def checked(request: CompressRequest) -> None:
         raise _invalid(f"prune.{wrong[0]} is {shares[wrong[0]]}", "give a share from 0 to less than 1")
     if (request.method == "prune") != any(shares.values()):
         raise _invalid(f"method {request.method!r} with prune = {shares}", 'give a share with method "prune", and only there')
-    if request.method in CAUSAL_ALONE and request.train:
+    if request.method in UNTRAINED and request.train:
         raise _invalid(f"method {request.method!r} trains nothing", "leave train out")
     if request.method != "gptq" and request.scheme != "W4A16":
         raise _invalid(f"method {request.method!r} with scheme {request.scheme!r}", 'leave scheme out: it is of method "gptq"')
+    if request.method != "int8" and request.activations != "dynamic":
+        raise _invalid(f"method {request.method!r} with activations {request.activations!r}", 'it is of method "int8"')
     if request.method == "distill" and request.train is None:
         raise _invalid('method "distill" has no train', "name the student by train.base or train.architecture")
 
@@ -83,9 +87,12 @@ class Compression:
         source = await self.context.artifact(self.request.model)
         dataset = await self.context.artifact(self.request.dataset)
         card = read_card(source)
-        if card.structure not in ("causal-lm", "encoder") or (card.structure == "encoder" and self.request.method in CAUSAL_ALONE):
+        if self.request.method not in (methods := METHODS.get(card.structure, ())):
             raise ClientFault("invalid_model", f"compress: a {card.structure} is not made smaller by {self.request.method!r}",
-                              "give a causal-lm, or an encoder to prune or distill; `optimize` makes classifiers int8")  # fmt: skip
+                              f"take {' or '.join(methods)}" if methods else f"give a model of structure {' or '.join(METHODS)}")
+        if card.structure == "causal-lm" and self.request.activations == "static":
+            raise ClientFault("invalid_model", "compress: the activations of a causal-lm in int8 stay bfloat16, without ranges",
+                              'leave activations out, or take method "gptq" with scheme "W8A8"')  # fmt: skip
         await self._prepare(card, source, dataset)
         models = {"before": self.request.model, **self.state.models}
         if models.get("pruned") and "after" not in models:  # it does not recover
@@ -105,7 +112,10 @@ class Compression:
 
     async def _prepare(self, card: ModelCard, source: Path, dataset: Path) -> None:
         request = self.request
-        if request.method in INTEGERS:
+        if card.structure != "causal-lm" and request.method == "int8":
+            shown = dataset if request.activations == "static" else None
+            await self._once("after", _classifier, source, card, shown, self.settings.reduce_range)
+        elif request.method in INTEGERS:
             await self._once("after", _integers, source, card, INTEGERS[request.method])
         elif request.method == "gguf":
             await self._once("after", _gguf, source, card)
@@ -211,6 +221,19 @@ class Compression:
 
 
 # What follows runs in a thread: it imports torch, for which the bus can't wait.
+
+def _classifier(source: Path, target: Path, card: ModelCard, shown: Path | None, reduce_range: bool) -> None:
+    """`shown`: the dataset whose documents show the ranges of activations, if they are to be static."""
+    from kernelm_optimizer.quantize import quantize
+
+    texts: list[str] = []
+    for batch in batches(shown, "train", ("text",), rows=CALIBRATION) if shown else ():
+        texts = batch.column(0).to_pylist()
+        break
+    if shown and not texts:
+        raise _invalid("the split 'train' has no documents to show the ranges of activations", 'take activations = "dynamic"')
+    quantize(source, target, reduce_range, texts)
+
 
 def _integers(source: Path, target: Path, card: ModelCard, bits: int) -> None:
     from kernelm_optimizer.integers import integers

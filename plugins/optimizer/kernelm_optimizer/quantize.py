@@ -2,11 +2,12 @@
 
 Encoders become one ONNX graph (tokens in, `logits` and the pooled `embeddings` out) whose linear layers hold int8 weights
 with one scale a column, activations being quantized as they come (dynamic quantization: Jacob et al. 2018, section 2,
-without their fine-tuning). Word and position embeddings are 8-bit with one scale a table. The TF-IDF model keeps its
-form, with int8 weights and one scale a label.
+without their fine-tuning) or in ranges that documents have shown (`static.py`). Word and position embeddings are 8-bit with one
+scale a table. The TF-IDF model keeps its form, with int8 weights and one scale a label.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +40,30 @@ class Quantized(Struct, frozen=True):
 
 def why_not(card: ModelCard) -> str:
     """Why a model can't be quantized; "" if it can."""
-    return "" if card.precision != "int8" and card.format == "safetensors" else f"it is {card.precision} {card.format} already"
+    if card.precision == "int8" or card.format != "safetensors":
+        return f"it is {card.precision} {card.format} already"
+    return "" if card.task == "text-classification" else f"its task is {card.task}, and only classifiers of whole texts become int8"
 
 
-def quantize(source: Path, target: Path, reduce_range: bool = False) -> Quantized:
+def quantize(source: Path, target: Path, reduce_range: bool = False, texts: Sequence[str] = ()) -> Quantized:
     """Write the int8 variant of the model in `source` to the new folder `target`.
 
-    `reduce_range` keeps weights to 7 bits, for processors without VNNI. ClientFault `invalid_model` if `source` is no
-    fp32 or bf16 model; PluginFault `export_differs` if the exported graph does not compute what the model does.
+    `reduce_range` keeps weights to 7 bits, for processors without VNNI. With `texts` the ranges of an encoder's activations are
+    those that these documents show. ClientFault `invalid_model` if `source` is no fp32 or bf16 model, or has no ranges;
+    PluginFault `export_differs` if the exported graph does not compute what the model does.
     """
     card = read_card(source)
     if reason := why_not(card):
         raise ClientFault("invalid_model", f"model {card.name!r} can't be quantized: {reason}")
+    if texts and card.structure == "tfidf-linear":
+        raise ClientFault("invalid_model", f"model {card.name!r} counts terms, it has no activations with ranges",
+                          'take activations = "dynamic"')  # fmt: skip
     target.mkdir(parents=True)
     carry(source, target, CARRIED)
-    make = _quantize_tfidf if card.structure == "tfidf-linear" else _quantize_encoder
-    made = make(source, target, card, reduce_range)
+    if card.structure == "tfidf-linear":
+        made = _quantize_tfidf(source, target, card, reduce_range)
+    else:
+        made = _quantize_encoder(source, target, card, reduce_range, texts)
     (target / "model.json").write_bytes(msgspec.json.format(msgspec.json.encode(made.card), indent=2))
     return made
 
@@ -96,7 +105,7 @@ def _tensors(path: Path, *names: str) -> dict[str, Any]:
 
 # ---- encoders ----------------------------------------------------------------------------------------------------
 
-def _quantize_encoder(source: Path, target: Path, card: ModelCard, reduce_range: bool) -> Quantized:
+def _quantize_encoder(source: Path, target: Path, card: ModelCard, reduce_range: bool, texts: Sequence[str]) -> Quantized:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     started = time.perf_counter()
@@ -110,8 +119,13 @@ def _quantize_encoder(source: Path, target: Path, card: ModelCard, reduce_range:
         raise PluginFault("export_differs", f"the ONNX graph of {card.name!r} is off by {difference:.2g} in its logits")
     exported_at = time.perf_counter()
     path = target / "model.onnx"
-    quantize_dynamic(graph, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=reduce_range,
-                     op_types_to_quantize=["MatMul", "Gemm", "Gather"])
+    if texts:
+        from kernelm_optimizer.static import token_rows, write_static
+
+        write_static(graph, path, token_rows(source, texts, card.max_tokens), reduce_range)
+    else:
+        quantize_dynamic(graph, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=reduce_range,
+                         op_types_to_quantize=["MatMul", "Gemm", "Gather"])
     return Quantized(
         card=msgspec.structs.replace(card, format="onnx", precision="int8", scores={}),
         export_s=exported_at - started, quantize_s=time.perf_counter() - exported_at,

@@ -48,6 +48,14 @@ async def test_what_is_pruned_recovers(here, real):
     assert any("before its recovery" in note for note in read_card(here.artifacts[found.model][1]).notes)
 
 
+async def test_a_model_of_terms_becomes_integers(here, tfidf):
+    here.artifacts["sha256:model"] = ("model", tfidf, {})
+    found = await here.compress("int8")
+    assert read_card(here.artifacts[found.model][1]).precision == "int8"
+    assert found.after.bytes < found.before.bytes
+    assert found.change.figure == "accuracy"
+
+
 def test_what_goes_is_what_does_least(causal_lm, corpus, tmp_path):
     """Units and heads whose weights are nothing: without them the model says the same."""
     whole = AutoModelForCausalLM.from_pretrained(causal_lm)
@@ -119,6 +127,7 @@ async def test_a_budget_that_is_too_small_is_said(here, monkeypatch):
     ({"method": "int8", "prune": Prune(width=0.5)}, "method 'int8' with prune"),
     ({"method": "int4", "train": RECOVER}, "trains nothing"),
     ({"method": "distill"}, "has no train"),
+    ({"method": "int4", "activations": "static"}, "method 'int4' with activations 'static'"),
     ({"method": "int8", "model": ""}, "model or dataset is empty"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(fields, words):
@@ -133,10 +142,16 @@ def test_an_unknown_method_is_refused_by_the_contract():
 
 
 async def test_models_that_can_t_be_compressed_so_are_refused(here, tfidf, tmp_path):
-    tfidf_digest = await here.store(tfidf, "model")
-    here.artifacts["sha256:model"] = here.artifacts[tfidf_digest]
-    with pytest.raises(ClientFault, match="a tfidf-linear is not made smaller by 'int8'"):
-        await here.compress("int8")
+    with pytest.raises(ClientFault, match="activations of a causal-lm in int8 stay bfloat16"):
+        await here.compress("int8", activations="static")
+    here.artifacts["sha256:model"] = ("model", tfidf, {})
+    with pytest.raises(ClientFault, match="a tfidf-linear is not made smaller by 'int4'") as raised:
+        await here.compress("int4")
+    assert raised.value.remedy == "take int8"
+    (tmp_path / "dataset").mkdir()
+    here.artifacts["sha256:corpus"] = ("dataset", tmp_path / "dataset", {})
+    with pytest.raises(ClientFault, match="'train' has no documents to show the ranges"):
+        await here.compress("int8", activations="static")
     BertModel(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
               add_pooling_layer=False).save_pretrained(tmp_path / "bert")  # fmt: skip
     card = ModelCard("b", "text-classification", "encoder", ("a", "b"), 16)

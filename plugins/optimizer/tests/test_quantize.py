@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from kernelm_optimizer.folder import read_card
 from kernelm_optimizer.quantize import export, load_classifier, quantize
@@ -88,6 +89,32 @@ def test_the_graph_is_int8_and_free_of_paths(int8):
     assert {i.data_type for i in linear if i.dims[0] * i.dims[1] > 10_000} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 
 
+@pytest.fixture(scope="module")
+def static(real, encoder, tmp_path_factory) -> Path:
+    """With ranges of activations that 16 articles have shown."""
+    folder = tmp_path_factory.mktemp("static") / "model"
+    quantize(encoder, folder, texts=real.news(8)[0][::3])
+    return folder
+
+
+def test_static_ranges_make_an_answer_independent_of_its_neighbours(real, encoder, int8, static):
+    tokenizer = Tokenizer.from_file(str(real.MINILM / "tokenizer.json"))
+    tokenizer.enable_truncation(64)
+    tokenizer.enable_padding(length=64)
+    encoded = tokenizer.encode_batch([*real.news(10)[0][8::10], "one " * 70])  # the last is unlike the others
+    ids, mask = (np.array([getattr(e, name) for e in encoded]) for name in ("ids", "attention_mask"))
+    with torch.inference_mode():
+        expected = load_classifier(encoder)(torch.from_numpy(ids), torch.from_numpy(mask))[0].numpy()
+    moved = {}
+    for name, folder in (("dynamic", int8), ("static", static)):
+        together = run(folder / "model.onnx", ids, mask)[0]
+        alone = np.concatenate([run(folder / "model.onnx", ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))])
+        moved[name] = np.abs(together - alone).max()
+        assert np.abs(alone - expected)[:-1].max() < 0.1 * np.abs(expected).max()
+    assert moved["static"] < 1e-5 < 1e-3 < moved["dynamic"]
+    assert read_card(static) == read_card(int8)
+
+
 def test_padding_does_not_change_the_exported_fp32_graph(encoder, tmp_path):
     onnx.save(export(load_classifier(encoder)), tmp_path / "fp32.onnx")
     ids = np.random.default_rng(2).integers(1000, 20000, (1, 20))
@@ -111,6 +138,18 @@ def test_what_is_no_model_or_int8_already_is_refused(encoder, int8, tmp_path):
     (tmp_path / "model.json").write_text('{"name": 3}')
     with pytest.raises(ClientFault, match="Expected `str`, got `int`"):
         quantize(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges_are_of_what_has_them_and_only_classifiers_of_texts_become_int8(real, tfidf, encoder, tmp_path):
+    with pytest.raises(ClientFault, match="no activations with ranges") as raised:
+        quantize(tfidf, tmp_path / "out", texts=["a text"])
+    assert raised.value.code == "invalid_model"
+    shutil.copytree(encoder, tmp_path / "entities")
+    card = msgspec.structs.replace(read_card(encoder), task="token-classification")
+    (tmp_path / "entities" / "model.json").write_bytes(msgspec.json.encode(card))
+    with pytest.raises(ClientFault, match="its task is token-classification"):
+        quantize(tmp_path / "entities", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -144,7 +183,6 @@ def test_a_broken_encoder_is_refused_by_name(real, encoder, tmp_path, name, mess
 def test_all_of_minilm_keeps_its_accuracy_on_news(real, tmp_path):
     """At most 0.5 points on 250 articles, with a head that was fitted to other 250."""
     from sklearn.linear_model import LogisticRegression
-    from tokenizers import Tokenizer
 
     real.write_encoder(tmp_path / "fp32", layers=6)
     tokenizer = Tokenizer.from_file(str(real.MINILM / "tokenizer.json"))

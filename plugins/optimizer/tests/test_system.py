@@ -95,6 +95,13 @@ async def done(system: System, job: JobRecord) -> JobRecord:
     return record
 
 
+async def compressed(system: System, request: CompressRequest) -> Compressed:
+    """What came of a compression that ended well."""
+    job = await system.admin.call(Jobs.submit, JobSpec("compress", "optimizer/1.compress", msgspec.to_builtins(request),
+                                                       msgspec.convert(FREE, Resources)))  # fmt: skip
+    return msgspec.convert((await done(system, job)).result, Compressed)
+
+
 @pytest.mark.slow
 async def test_a_search_outlives_the_job_table_and_its_own_instance(tmp_path: Path) -> None:
     async with System(manifests={name: made for name, (made, _) in PLUGINS.items()}) as system:
@@ -144,12 +151,7 @@ async def test_a_model_is_compressed_through_the_store_and_the_job_table(causal_
         for name in ("scheduler", "optimizer"):
             await system.pool(PoolSpec(name, name))
         model, dataset = await put(system, causal_lm, "model"), await put(system, corpus, "dataset")
-        request = CompressRequest(model, dataset, "int8", rounds=1)
-        job = await system.admin.call(Jobs.submit, JobSpec("compress", "optimizer/1.compress", msgspec.to_builtins(request),
-                                                           msgspec.convert(FREE, Resources)))  # fmt: skip
-
-        record = await done(system, job)
-        found = msgspec.convert(record.result, Compressed)
+        found = await compressed(system, CompressRequest(model, dataset, "int8", rounds=1))
         stored = await system.admin.call(Artifacts.describe, ArtifactName(found.model))
         assert (stored.kind, stored.lineage["model"]) == ("model", model)
         assert found.after.bytes < found.before.bytes
@@ -216,7 +218,7 @@ def news_of(folder: Path, real: SimpleNamespace) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_an_encoder_is_pruned_trained_again_and_measured_by_the_plugins_that_do_so(
+async def test_an_encoder_is_made_smaller_trained_again_and_measured_by_the_plugins_that_do_so(
         tmp_path: Path, real: SimpleNamespace) -> None:  # fmt: skip
     installed, _ = find_manifests()
     plugins: dict[str, tuple[Manifest, type[Plugin]]] = {
@@ -233,11 +235,8 @@ async def test_an_encoder_is_pruned_trained_again_and_measured_by_the_plugins_th
             await system.pool(PoolSpec(name, name, settings=settings))
         model = await put(system, tmp_path / "encoder", "model")
         dataset = await put(system, news_of(tmp_path / "news", real), "dataset")
-        request = CompressRequest(model, dataset, "prune", Prune(layers=0.5, width=0.5), TrainRequest("", epochs=1), rounds=1)
-        job = await system.admin.call(Jobs.submit, JobSpec("compress", "optimizer/1.compress", msgspec.to_builtins(request),
-                                                           msgspec.convert(FREE, Resources)))  # fmt: skip
-
-        found = msgspec.convert((await done(system, job)).result, Compressed)
+        found = await compressed(system, CompressRequest(
+            model, dataset, "prune", Prune(layers=0.5, width=0.5), TrainRequest("", epochs=1), rounds=1))  # fmt: skip
         assert found.without is not None
         assert found.after.bytes < found.before.bytes
         assert {m.scores.documents for m in (found.before, found.without, found.after)} == {2 * len(real.LABELS)}
@@ -245,3 +244,14 @@ async def test_an_encoder_is_pruned_trained_again_and_measured_by_the_plugins_th
         config = json.loads((folder / "config.json").read_bytes())
         assert (config["num_hidden_layers"], config["intermediate_size"]) == (1, 768)
         assert any("before its recovery" in note for note in read_card(folder).notes)
+
+        of_integers = {}
+        for activations in ("dynamic", "static"):
+            found = await compressed(system, CompressRequest(model, dataset, "int8", activations=activations, rounds=1))
+            assert found.after.bytes < 0.3 * found.before.bytes
+            assert (found.change.figure, found.after.scores.documents) == ("accuracy", 2 * len(real.LABELS))
+            of_integers[activations] = Path((await system.admin.call(Artifacts.open, ArtifactName(found.model))).path)
+            card = read_card(of_integers[activations])
+            assert (card.precision, card.format, found.change.text in card.notes) == ("int8", "onnx", True)
+        one, other = ((folder / "model.onnx").read_bytes() for folder in of_integers.values())
+        assert (b"DynamicQuantizeLinear" in one, b"DynamicQuantizeLinear" in other) == (True, False)
