@@ -19,7 +19,7 @@ import nkeys
 
 from kernelm_sdk.errors import ClientFault, Fault, KernelFault
 from kernelm_sdk.serving import Direct
-from kernelm_sdk.tls import client_context, fault_of, refresh
+from kernelm_sdk.tls import client_context, fault_of, of_handshake, refresh
 
 if TYPE_CHECKING:
     from kernelm_sdk.bus import Bus
@@ -134,13 +134,13 @@ class Refusals:
     def clear(self) -> None:
         """It has let us in."""
         self._row, self._told, self.last, self._admitted = 0, False, "", True
-        self._tls: ssl.SSLError | None = None
+        self._tls: Exception | None = None
 
     def fault(self, error: Exception, url: str, user: str) -> Fault:
         """Why nobody was let in, when trying has ended with `error`."""
         if isinstance(error, Fault):
             return error
-        if self._tls or isinstance(error, ssl.SSLError):
+        if self._tls or of_handshake(error):
             return fault_of(self._tls or error, f"the broker at {url}")
         cause = self.last or str(error) or type(error).__name__
         if self.refused:
@@ -154,14 +154,14 @@ class Refusals:
 
     def note(self, error: Exception) -> bool:
         """Whether the connection counts as closed for good, after `error`. Who was let in before waits for a new certificate."""
-        if isinstance(error, ssl.SSLError):
+        if of_handshake(error):
             self._tls = error
             if not self._admitted:
                 self.hopeless.set()
             return False
         text = str(error) or type(error).__name__
         told = "authorization violation" in text.lower()
-        if told or isinstance(error, ConnectionResetError):
+        if told or isinstance(error, ConnectionResetError | ssl.SSLError):
             self._row += 1
             self.last = text if told or not self._told else self.last
             self._told = self._told or told

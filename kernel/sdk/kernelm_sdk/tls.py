@@ -90,6 +90,11 @@ def _context(protocol: int) -> ssl.SSLContext:
     return context
 
 
+def of_handshake(error: BaseException) -> bool:
+    """Whether TLS itself has failed: what was on its way to us while the connection was closed has not."""
+    return isinstance(error, ssl.SSLError) and error.reason != "APPLICATION_DATA_AFTER_CLOSE_NOTIFY"
+
+
 def fault_of(error: BaseException, where: str) -> ClientFault | KernelFault:
     """What a failed handshake with `where` means: whose certificate is not accepted, and why."""
     if isinstance(error, ssl.SSLCertVerificationError):
