@@ -90,7 +90,7 @@ class Relay:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):  # ends both ways, like the end of the stream
+    with contextlib.suppress(ConnectionError, ssl.SSLError):  # ends both ways, like the end of the stream
         while data := await reader.read(CHUNK):
             writer.write(data)
             await writer.drain()

@@ -27,7 +27,7 @@ from kernelm_trainer.training import Folders, train
 from kernelm_trainer.workers import silent
 
 ROOT = Path(__file__).parents[3]
-PROMPT, TOKENS = "The striker scored twice", 8
+PROMPT = "The striker scored twice"
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ async def test_it_is_smaller_has_its_figures_and_is_served_by_vllm(llama: Path, 
             assert made.change.text in card.notes
             assert abs(made.change.difference) < loss
             assert made.after.bytes < 0.7 * made.before.bytes
-            request = GenerateRequest(prompt=PROMPT, max_tokens=TOKENS, temperature=0.0)
+            request = GenerateRequest(prompt=PROMPT, max_tokens=1, temperature=0.0)  # a word may have several tokens
             stream = system.admin.stream(Server.generate, request, model="small", idle_s=120.0)
             text = "".join([frame.text async for frame in stream])
-            assert text.split()[0] in expected
+            assert text.strip() in expected
 
 
 def request(**more: Any) -> CompressRequest:

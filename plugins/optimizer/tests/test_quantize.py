@@ -111,7 +111,7 @@ def test_static_ranges_make_an_answer_independent_of_its_neighbours(real, encode
         alone = np.concatenate([run(folder / "model.onnx", ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))])
         moved[name] = np.abs(together - alone).max()
         assert np.abs(alone - expected)[:-1].max() < 0.1 * np.abs(expected).max()
-    assert moved["static"] < 1e-5 < 1e-3 < moved["dynamic"]
+    assert moved["static"] < 0.1 * moved["dynamic"]
     assert read_card(static) == read_card(int8)
 
 
