@@ -69,6 +69,15 @@ async def test_members_join_and_call_over_tls_and_through_the_relay(system: Syst
     await relay.close()
 
 
+async def test_two_systems_share_a_machine(system: System, tmp_path: Path) -> None:
+    """No port but its own is a broker's: the monitor of the health check is for who asks for one."""
+    other = System(tmp_path / "other")
+    other.broker = Broker(other.home, other.authority, tls=tmp_path / "nats")
+    async with other:
+        assert (await other.admin.call(Kernel.state, Empty())).instances
+        assert (await system.admin.call(Kernel.state, Empty())).instances
+
+
 async def test_plaintext_is_refused(system: System) -> None:
     plain = system.broker.url.replace("tls:", "nats:")
     with pytest.raises(Fault):

@@ -39,13 +39,13 @@ cipher: chacha
 key: "{key}"
 """
 # TLS from the first byte for who begins with it within a second (our SDK; "auto" waits 50 ms, too short on a busy machine), else as
-# the NATS protocol has it; nobody goes on without. Who has no certificate of the CA is not let in. The monitor is for the health
-# check, within the container.
+# the NATS protocol has it; nobody goes on without. Who has no certificate of the CA is not let in.
 TLS = """tls {{
   cert_file: "{tls}/tls.pem", key_file: "{tls}/tls.pem", ca_file: "{tls}/ca.pem"
   verify: true, min_version: "1.3", timeout: 5, handshake_first: "1s"
 }}
-http: "127.0.0.1:8222"
+"""
+MONITOR = """http: "127.0.0.1:{monitor}"
 """
 
 
@@ -69,13 +69,13 @@ class Broker:
     """The broker of one home. `write_config()` first, then run `command()`."""
 
     def __init__(self, home: Path, authority: Authority, port: int = 0, host: str = "127.0.0.1", disk_mb: int = 20480,
-                 tls: Path | None = None, cipher: Path | None = None) -> None:  # fmt: skip
+                 tls: Path | None = None, cipher: Path | None = None, monitor: int = 0) -> None:  # fmt: skip
         """With `tls`, a folder with ca.pem and tls.pem (certificate and key), everybody is asked for a certificate. With `cipher`,
-        or KERNELM_BROKER_CIPHER, streams and records are encrypted on disk."""
+        or KERNELM_BROKER_CIPHER, streams and records are encrypted on disk. `monitor` is a port of 127.0.0.1 for health checks."""
         given = os.environ.get("KERNELM_BROKER_CIPHER", "")
         self.cipher = cipher or (Path(given) if given else None)
         self.folder, self.authority, self.host, self.disk_mb, self.tls = home / "broker", authority, host, disk_mb, tls
-        self.port = port or free_port(host)
+        self.port, self.monitor = port or free_port(host), monitor
 
     @property
     def url(self) -> str:
@@ -90,10 +90,11 @@ class Broker:
         if not claims.exists():
             write_secret(claims, self.authority.account_jwt())
         path, cipher = self.folder / "nats.conf", self._encryption()
-        template = TEMPLATE + (TLS if self.tls else LOG)
+        template = TEMPLATE + (TLS if self.tls else LOG) + (MONITOR if self.monitor else "")
         path.write_text(template.format(
-            cipher=cipher, tls=self.tls, host=self.host, port=self.port, disk_mb=self.disk_mb, folder=self.folder.resolve(),
-            system=self.authority.system, operator=self.authority.operator_jwt(), system_jwt=self.authority.account_jwt("system"),
+            cipher=cipher, tls=self.tls, monitor=self.monitor, host=self.host, port=self.port, disk_mb=self.disk_mb,
+            folder=self.folder.resolve(), system=self.authority.system, operator=self.authority.operator_jwt(),
+            system_jwt=self.authority.account_jwt("system"),
         ))  # fmt: skip
         path.chmod(0o600)
         return path

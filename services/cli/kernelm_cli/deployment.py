@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # cryptography is imported where a certificate is made or rea
 USER = 64321  # of the containers where root deploys; else it is who deploys
 SERVICES = ("artifacts", "node-local", "jobs", "gateway")
 CLIENTS = ("kernel", "node", "jobs", "cli", "prometheus")  # they serve nobody over TLS
-BROKER_PORT, HTTP_PORT, GRPC_PORT = 4222, 8443, 8444  # inside; compose.yaml knows them too
+BROKER_PORT, MONITOR_PORT, HTTP_PORT, GRPC_PORT = 4222, 8222, 8443, 8444  # inside; compose.yaml knows them too
 SERVICE_MB = 2048  # for the service of the artifacts itself, beside the readable copies
 COLLECTOR = "https://collector:4318"
 SECRETS = ("broker", "artifacts", "observability")  # folders, each for those alone who need it
@@ -116,7 +116,8 @@ class Deployment:
         for member, hosts in self.members().items():
             if not (self.tls(member) / "tls.pem").exists():
                 ca.issue(member, hosts, self.tls(member), self.settings.certificate_days)
-        broker = Broker(self.home, authority, BROKER_PORT, "0.0.0.0", self.settings.broker_disk_mb, self.tls("nats"), self.cipher)
+        broker = Broker(self.home, authority, BROKER_PORT, "0.0.0.0", self.settings.broker_disk_mb, self.tls("nats"), self.cipher,
+                        MONITOR_PORT)  # fmt: skip
         broker.write_config()
         Tokens(self.home, SERVICES).lay_down()
         for name in ("jobs.toml", "gateway.toml"):
