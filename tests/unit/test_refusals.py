@@ -1,12 +1,16 @@
 """Whom the broker refuses, and what they take it for when the end of the connection comes in pieces."""
 
+import asyncio
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kernelm_cli.certificates import CertificateAuthority
-from kernelm_sdk.links import Refusals
+from kernelm_sdk import links
+from kernelm_sdk.links import Credentials, Link, Refusals
 from kernelm_sdk.tls import client_context, server_context
 
 URL = "tls://127.0.0.1:4222"
@@ -54,3 +58,14 @@ def test_a_handshake_that_fails_is_one(late: ssl.SSLError) -> None:
     refusals.note(wrong)
     assert refusals.hopeless.is_set()
     assert refusals.fault(late, URL, "node-two").code == "no_tls"
+
+
+async def test_an_end_that_is_never_told_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def flush(*_: Any) -> None: ...
+
+    monkeypatch.setattr(links, "CLOSE_S", 0.05)
+    client = SimpleNamespace(CLOSED=2, flush=flush, close=never, _close=never, _reconnection_task=None)
+    await asyncio.wait_for(Link(client, Credentials("node-two", "", "")).close(), 20)

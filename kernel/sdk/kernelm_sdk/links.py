@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LARGEST_BACKLOG = 2**27  # bytes that may wait for one handler
 GREETING_S = 5  # until the broker has greeted us over TLS, perhaps through a relay: as long as it waits itself (nats-py: 2 s)
+CLOSE_S = 5  # nats-py waits without bound for the end of a TLS connection, which may never be told
 SHUT_OUT = 5  # refusals in a row, a tenth of a second apart, after which a connection counts as closed for good
 log = logging.getLogger("kernelm.bus")
 
@@ -110,7 +111,8 @@ class Link:
         with contextlib.suppress(Exception):  # a dead broker must not keep anybody from ending
             await self.client.flush(flush_s)
         with contextlib.suppress(Exception):
-            await self.client.close()
+            async with asyncio.timeout(CLOSE_S):
+                await self.client.close()
         if self.client._reconnection_task is not None:  # after a refusal nats-py may go on reconnecting in the background
             await _end(self.client._reconnection_task)
 
