@@ -226,10 +226,8 @@ def _classifier(source: Path, target: Path, card: ModelCard, shown: Path | None,
     """`shown`: the dataset whose documents show the ranges of activations, if they are to be static."""
     from kernelm_optimizer.quantize import quantize
 
-    texts: list[str] = []
-    for batch in batches(shown, "train", ("text",), rows=CALIBRATION) if shown else ():
-        texts = batch.column(0).to_pylist()
-        break
+    found = batches(shown, "train", ("text",), rows=CALIBRATION) if shown else ()
+    texts: list[str] = next((batch.column(0).to_pylist() for batch in found), [])
     if shown and not texts:
         raise _invalid("the split 'train' has no documents to show the ranges of activations", 'take activations = "dynamic"')
     quantize(source, target, reduce_range, texts)
